@@ -1,0 +1,160 @@
+"""What crosses process borders, typed: registration, handoff parameters, and the control messages between workers.
+
+Everything on a ZMQ socket is one msgpack frame. The registration map is a superset of the one that vLLM's
+P2pNcclConnector (0.9.2 to 0.23.0) sent, so that its instances work with our proxy and ours with other routers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Role = Literal["P", "D"]
+Kind = Literal["twolane", "nixl", "p2pnccl"]
+
+PROTOCOL_VERSION = 1
+REGISTER_EVERY_S = 3.0
+
+
+class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An instance says that it is there: every 3 s, from a DEALER whose identity is its `zmq_address`; no reply.
+
+    `type`, `http_address` and `zmq_address` are all that a P2pNcclConnector instance sends; unknown keys are ignored.
+    """
+
+    type: Role
+    http_address: str  # host:port of the OpenAI server
+    zmq_address: str  # host:port; for kind twolane the control address of rank 0, rank r listens on port + r
+    kind: Kind = "p2pnccl"
+    epoch: str = ""  # new at every start of the instance
+    leaving: bool = False  # last words at a clean stop
+
+
+class HandoffParams(msgspec.Struct, frozen=True):
+    """`kv_transfer_params` of a request body, as the proxy writes it and the connector reads it.
+
+    P gets `do_remote_decode`, D gets `do_remote_prefill` (vLLM looks at these two names itself, for its metrics);
+    `remote_address` is the other side's control address. Unknown keys are ignored.
+    """
+
+    transfer_id: str
+    remote_address: str
+    do_remote_prefill: bool = False
+    do_remote_decode: bool = False
+
+
+class KVFormat(msgspec.Struct, frozen=True):
+    """What both sides must agree on, to the letter, before a byte moves. Compared field by field at the handshake."""
+
+    protocol: int
+    model: str
+    kv_dtype: str
+    block_size: int  # slots a block
+    tp_size: int
+    regions: list[tuple[int, int]]  # per layer, in layer order: (pieces a block, bytes a piece)
+
+
+# --- control messages, D's worker to P's worker (same rank) -----------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message on a connection. P answers Welcome or Refused."""
+
+    epoch: str
+    pid: int
+    host: str  # machine identity, so that P knows whether the pid means anything to it
+    format: KVFormat
+
+
+class Announce(msgspec.Struct, frozen=True, tag="announce"):
+    """D has blocks waiting. P writes blocks `first_block ...` of the prompt into `block_ids` in that order.
+
+    `num_tokens`: how many tokens of the prompt D needs in all (it computes the rest itself).
+    `digest`: of the prompt's token ids; P refuses if its own differs, since a wrong token is worse than a slow one.
+    """
+
+    transfer_id: str
+    num_tokens: int
+    first_block: int
+    block_ids: list[int]
+    digest: bytes
+
+
+class Credit(msgspec.Struct, frozen=True, tag="credit"):
+    """D is done with a slot: exactly one for every Push, also for one that D threw away."""
+
+    slot: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """D doesn't want this transfer (any more). P frees its blocks."""
+
+    transfer_id: str
+    reason: str
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    pass
+
+
+# --- control messages, P's worker to D's worker -----------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The handshake is good; how to reach P's staging memory (transport `shm`)."""
+
+    epoch: str
+    pid: int
+    host: str
+    transport: dict[str, Any]  # what the transport's receiver needs to attach
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    reason: str
+
+
+class Push(msgspec.Struct, frozen=True, tag="push"):
+    """Items [first_item, first_item + num_items) of the transfer lie in `slot`.
+
+    An item is one layer of one block; items are numbered block by block in announced order, layers inside a block.
+    """
+
+    transfer_id: str
+    first_item: int
+    num_items: int
+    slot: int
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """P won't finish this transfer. D recomputes what has not landed."""
+
+    transfer_id: str
+    reason: str
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    pass
+
+
+ToPrefill = Hello | Announce | Credit | Cancel | Ping
+ToDecode = Welcome | Refused | Push | Abort | Pong
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
+decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
+decode_registration = msgspec.msgpack.Decoder(Registration).decode
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` -> (host, port). IPv6 hosts come in brackets. Raises ValueError, which names the address."""
+    host, sep, port = address.rpartition(":")
+    if not sep or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"not a host:port address: {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def rank_address(address: str, rank: int) -> str:
+    """The control address of worker `rank`, from that of rank 0."""
+    host, port = split_address(address)
+    return f"[{host}]:{port + rank}" if ":" in host else f"{host}:{port + rank}"
