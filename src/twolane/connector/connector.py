@@ -1,0 +1,179 @@
+"""TwoLaneConnector: vLLM's connector API (0.26 to 0.32) on one side, our scheduler and worker sides on the other.
+
+Nothing is decided here. Which hook runs when is told in docs/ARCHITECTURE.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
+from twolane.connector.plan import StepPlan
+from twolane.connector.scheduler import DecodeScheduler, PrefillScheduler
+from twolane.connector.settings import parse_settings
+from twolane.connector.worker import WorkerFacts, WorkerSide
+from twolane.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class TwoLaneMetadata(StepPlan, KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped here
+    """A StepPlan in the type that vLLM carries from the scheduler to the workers."""
+
+
+def _model_identity(config: VllmConfig) -> str:
+    """The same on both sides if they serve the same architecture in the same configuration, wherever it lies."""
+    hf_config = config.model_config.hf_config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        hf_config.pop(key, None)
+    digest = hashlib.sha256(repr(sorted(hf_config.items(), key=str)).encode()).hexdigest()[:16]
+    return f"{'/'.join(config.model_config.hf_config.architectures or ())}:{digest}"
+
+
+def _refuse_unsupported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raises ConfigError for what would hang or answer wrongly."""
+    transfer, parallel = config.kv_transfer_config, config.parallel_config
+    if transfer.kv_role not in ("kv_producer", "kv_consumer"):
+        raise ConfigError(f"kv_role {transfer.kv_role!r}: TwoLane has kv_producer (P) and kv_consumer (D) instances.")
+    if transfer.kv_load_failure_policy != "recompute":
+        raise ConfigError('set "kv_load_failure_policy": "recompute", or a lost transfer fails the client\'s request.')
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError("pipeline parallelism isn't supported by TwoLaneConnector; use tensor parallelism.")
+    if config.speculative_config is not None:
+        raise ConfigError("speculative decoding isn't supported by TwoLaneConnector yet; start without it.")
+    if len(kv_cache_config.kv_cache_groups) > 1:
+        raise ConfigError("models with several KV cache groups aren't supported by TwoLaneConnector yet.")
+
+
+def _worker_facts(config: VllmConfig, kv_cache_config: KVCacheConfig) -> WorkerFacts:
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank  # noqa: PLC0415 - workers only
+
+    transfer = config.kv_transfer_config
+    return WorkerFacts(
+        is_prefill=transfer.is_kv_producer,
+        settings=parse_settings(transfer.kv_connector_extra_config),
+        kv_port=transfer.kv_port,
+        model=_model_identity(config),
+        kv_dtype=f"{config.cache_config.cache_dtype}/{config.model_config.dtype}",
+        block_size=config.cache_config.block_size,
+        num_blocks=kv_cache_config.num_blocks,
+        tp_size=config.parallel_config.tensor_parallel_size,
+        rank=get_tensor_model_parallel_rank(),
+    )
+
+
+class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is untyped here
+    """One instance in the scheduler, one in each worker; each has one of the two parts below."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        _refuse_unsupported(vllm_config, kv_cache_config)
+        self._scheduler: PrefillScheduler | DecodeScheduler | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.WORKER:
+            self._worker = WorkerSide(_worker_facts(vllm_config, kv_cache_config))
+        elif vllm_config.kv_transfer_config.is_kv_producer:
+            self._scheduler = PrefillScheduler()
+        else:
+            self._scheduler = DecodeScheduler(vllm_config.cache_config.block_size)
+
+    # -- scheduler side
+
+    def on_new_request(self, request: Request) -> None:
+        assert self._scheduler is not None
+        self._scheduler.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if isinstance(self._scheduler, DecodeScheduler):
+            return self._scheduler.num_matched_tokens(request, num_computed_tokens)
+        return 0, False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if isinstance(self._scheduler, DecodeScheduler):
+            self._scheduler.after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        assert self._scheduler is not None
+        return TwoLaneMetadata(**vars(self._scheduler.take_plan(scheduler_output)))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if isinstance(self._scheduler, DecodeScheduler):
+            self._scheduler.on_worker_output(connector_output)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        return self._scheduler.request_finished(request), None
+
+    # -- worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        assert self._worker is not None
+        self._worker.register(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Before the forward pass in every release, which start_load_kv isn't (0.32 runs it afterwards)."""
+        super().bind_connector_metadata(connector_metadata)
+        assert self._worker is not None
+        assert isinstance(connector_metadata, TwoLaneMetadata)
+        self._worker.begin_step(connector_metadata)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing: loads begin in bind_connector_metadata and run beside the engine."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request whose KV has not landed isn't scheduled."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing: a chunk is pushed when its forward pass is through, all layers at once."""
+
+    def wait_for_save(self) -> None:
+        """Doesn't wait: the blocks are kept until get_finished reports the request."""
+        assert self._worker is not None
+        self._worker.end_forward()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        assert self._worker is not None
+        sent, received = self._worker.take_finished(finished_req_ids)
+        return sent or None, received or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        assert self._worker is not None
+        return self._worker.take_invalid_blocks()
+
+    def get_kv_connector_stats(self) -> TwoLaneStats | None:
+        counts = self._worker.take_counts() if self._worker is not None else {}
+        return TwoLaneStats(data=counts) if counts else None
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+    # -- metrics
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> TwoLaneStats:
+        return TwoLaneStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> TwoLanePromMetrics:
+        return TwoLanePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,156 @@
+"""The connector inside vLLM's scheduler: which requests hand off, and what the workers must do in this step.
+
+Runs on the engine's thread; each side owns its dictionaries and builds one StepPlan a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from twolane.connector.agent import logger
+from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
+from twolane.protocol import HandoffParams, split_address
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+def handoff_params(request: Request) -> HandoffParams | None:
+    """The request's handoff parameters; None if it has none, or if they are unusable (logged: it runs alone)."""
+    raw = request.kv_transfer_params
+    if not raw or "transfer_id" not in raw:
+        return None
+    try:
+        params = msgspec.convert(raw, HandoffParams)
+        split_address(params.remote_address)
+    except (msgspec.ValidationError, ValueError) as error:
+        logger.warning("kv_transfer_params ignored req_id=%s reason=%r", request.request_id, str(error))
+        return None
+    return params
+
+
+def prompt_digest(request: Request) -> bytes:
+    """Identifies what the KV of this prompt depends on besides the model: token ids, media, adapter."""
+    digest = hashlib.blake2b(array("q", request.prompt_token_ids or ()).tobytes(), digest_size=16)
+    for feature in request.mm_features or ():
+        digest.update(str(feature.identifier).encode())
+    if request.lora_request is not None:
+        digest.update(str(request.lora_request.lora_name).encode())
+    return digest.digest()
+
+
+class DecodeScheduler:
+    """D's side. A request's transfer is used once: after its first allocation it never waits for KV again."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._fresh: dict[str, HandoffParams] = {}  # seen, no blocks yet
+        self._waiting: dict[str, HandoffParams] = {}  # announced, not finished
+        self._plan = StepPlan()
+
+    def on_new_request(self, request: Request) -> None:
+        params = handoff_params(request)
+        if params is not None and params.do_remote_prefill and request.prompt_token_ids:
+            self._fresh[request.request_id] = params
+
+    def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """All of the prompt but its last token, which D computes itself to get the first output token."""
+        if request.request_id not in self._fresh:
+            return 0, False
+        num_missing = request.num_prompt_tokens - 1 - num_computed_tokens
+        return (num_missing, True) if num_missing > 0 else (0, False)
+
+    def after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        params = self._fresh.pop(request.request_id, None)
+        if params is None:
+            return
+        if num_external_tokens == 0:
+            self._plan.drop.append(Drop(params.transfer_id, params.remote_address, "nothing of it is needed"))
+            return
+        num_tokens = request.num_prompt_tokens - 1
+        first_block = (num_tokens - num_external_tokens) // self._block_size
+        end_block = -(-num_tokens // self._block_size)
+        (block_ids,) = blocks.get_block_ids()
+        self._waiting[request.request_id] = params
+        self._plan.receive.append(
+            Receive(
+                request.request_id,
+                params.transfer_id,
+                params.remote_address,
+                num_tokens,
+                first_block,
+                block_ids[first_block:end_block],
+                prompt_digest(request),
+            )
+        )
+
+    def request_finished(self, request: Request) -> bool:
+        """vLLM itself keeps the blocks of a request that still waits until the worker reports it as received."""
+        params = self._fresh.pop(request.request_id, None) or self._waiting.pop(request.request_id, None)
+        if params is not None:
+            self._plan.drop.append(Drop(params.transfer_id, params.remote_address, "the request ended"))
+        return False
+
+    def on_worker_output(self, output: KVConnectorOutput) -> None:
+        for req_id in output.finished_recving or ():
+            self._waiting.pop(req_id, None)
+
+    def take_plan(self, _scheduler_output: SchedulerOutput) -> StepPlan:
+        plan, self._plan = self._plan, StepPlan()
+        return plan
+
+
+class PrefillScheduler:
+    """P's side. Every request that hands off keeps its blocks until the worker says that nobody reads them."""
+
+    def __init__(self) -> None:
+        self._offered: set[str] = set()
+        self._plan = StepPlan()
+
+    def on_new_request(self, request: Request) -> None:
+        params = handoff_params(request)
+        if params is not None and params.do_remote_decode:
+            self._offered.add(request.request_id)
+            self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request)))
+
+    def request_finished(self, request: Request) -> bool:
+        if request.request_id not in self._offered:
+            return False
+        self._offered.remove(request.request_id)
+        computed = request.num_computed_tokens >= request.num_prompt_tokens
+        ok = computed and request.status.name in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+        self._plan.finish.append(Finish(request.request_id, ok))
+        return True
+
+    def take_plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        plan, self._plan = self._plan, StepPlan()
+        if self._offered:
+            plan.preempted = [req_id for req_id in scheduler_output.preempted_req_ids or () if req_id in self._offered]
+            plan.advance = self._advances(scheduler_output)
+        return plan
+
+    def _advances(self, output: SchedulerOutput) -> list[Advance]:
+        scheduled = output.num_scheduled_tokens
+        advances = [
+            self._advance(new.req_id, new.block_ids, True, new.num_computed_tokens + scheduled[new.req_id])
+            for new in output.scheduled_new_reqs
+            if new.req_id in self._offered
+        ]
+        cached = output.scheduled_cached_reqs
+        for index, req_id in enumerate(cached.req_ids):
+            if req_id in self._offered:
+                num_valid_tokens = cached.num_computed_tokens[index] + scheduled[req_id]
+                replace = req_id in cached.resumed_req_ids
+                advances.append(self._advance(req_id, cached.new_block_ids[index], replace, num_valid_tokens))
+        return advances
+
+    @staticmethod
+    def _advance(req_id: str, block_ids: Any, replace: bool, num_valid_tokens: int) -> Advance:
+        return Advance(req_id, list(block_ids[0]) if block_ids else [], replace, num_valid_tokens)

@@ -1,0 +1,42 @@
+"""What the connector is configured with: `kv_connector_extra_config` and `kv_port`, parsed once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from twolane.errors import ConfigError
+
+
+class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every key of `kv_connector_extra_config`; an unknown one is an error.
+
+    `host`: address the control socket binds, and by which the other side reaches it.
+    `http_address`: this instance's own HTTP server, for the registration; empty: don't register.
+    `discovery_address`: the proxy's ZMQ socket; empty: don't register.
+    `lease_s`: how long P keeps the blocks of a finished request without a word from D.
+    `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.
+    `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
+    `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once.
+    `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice.
+    """
+
+    host: str = "127.0.0.1"
+    http_address: str = ""
+    discovery_address: str = ""
+    lease_s: float = 30.0
+    peer_timeout_s: float = 10.0
+    transfer_timeout_s: float = 300.0
+    slot_bytes: int = 8 << 20
+    num_slots: int = 8
+    fault: Literal["", "zero_kv"] = ""
+
+
+def parse_settings(extra_config: dict[str, Any]) -> ConnectorSettings:
+    """Raises ConfigError that names the key."""
+    try:
+        return msgspec.convert(extra_config, ConnectorSettings)
+    except msgspec.ValidationError as error:
+        keys = ", ".join(ConnectorSettings.__struct_fields__)
+        raise ConfigError(f"kv_connector_extra_config: {error}. TwoLaneConnector knows these keys: {keys}.") from error

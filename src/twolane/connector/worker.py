@@ -1,0 +1,163 @@
+"""The connector inside a vLLM worker: builds the agent once the KV memory is known, and passes each step on to it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from twolane.connector.decode_agent import DecodeAgent, Finished
+from twolane.connector.layout import KVLayout, layout_of
+from twolane.connector.plan import StepPlan
+from twolane.connector.prefill_agent import PrefillAgent
+from twolane.connector.register import Registrar
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.transport.copier import copier_for
+from twolane.connector.transport.shm import ShmReceiver, ShmSender
+from twolane.errors import ConfigError
+from twolane.protocol import PROTOCOL_VERSION, KVFormat, Registration, rank_address
+
+
+@dataclass(frozen=True)
+class WorkerFacts:
+    """What a worker must know of its instance, from vLLM's configuration."""
+
+    is_prefill: bool
+    settings: ConnectorSettings
+    kv_port: int
+    model: str  # identity of architecture and configuration, not a path
+    kv_dtype: str
+    block_size: int
+    num_blocks: int
+    tp_size: int
+    rank: int
+
+    @property
+    def rank_0_address(self) -> str:
+        host = self.settings.host
+        return f"[{host}]:{self.kv_port}" if ":" in host else f"{host}:{self.kv_port}"
+
+    def kv_format(self, layout: KVLayout) -> KVFormat:
+        return KVFormat(PROTOCOL_VERSION, self.model, self.kv_dtype, self.block_size, self.tp_size, layout.signature())
+
+
+def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[bytes]]) -> Registrar | None:
+    """Rank 0 speaks for the instance."""
+    settings = facts.settings
+    if facts.rank != 0 or not settings.discovery_address or not settings.http_address:
+        return None
+    me = Registration(
+        type="P" if facts.is_prefill else "D",
+        http_address=settings.http_address,
+        zmq_address=facts.rank_0_address,
+        kind="twolane",
+        epoch=epoch,
+    )
+    return Registrar(context, settings.discovery_address, me)
+
+
+def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> PrefillAgent:
+    """Raises ConfigError if the layout can't be moved or the control port is taken."""
+    layout = layout_of(kv_caches, facts.num_blocks)
+    settings = facts.settings
+    sender = ShmSender(
+        layout,
+        copier_for(layout, kv_caches),
+        slot_bytes=settings.slot_bytes,
+        num_slots=settings.num_slots,
+        zero=settings.fault == "zero_kv",
+    )
+    epoch, context = uuid.uuid4().hex, zmq.Context(io_threads=1)
+    address = rank_address(facts.rank_0_address, facts.rank)
+    try:
+        return PrefillAgent(
+            settings,
+            facts.kv_format(layout),
+            sender,
+            bind_address=address,
+            epoch=epoch,
+            pid=os.getpid(),
+            registrar=_registrar(facts, epoch, context),
+            items_per_block=layout.items_per_block,
+            context=context,
+        )
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"control address {address}: {error.strerror}. Another process has the port? Set another kv_port."
+        ) from error
+
+
+def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAgent:
+    """Raises ConfigError if the layout can't be moved."""
+    layout = layout_of(kv_caches, facts.num_blocks)
+    copier = copier_for(layout, kv_caches)
+    epoch, context = uuid.uuid4().hex, zmq.Context(io_threads=1)
+    return DecodeAgent(
+        facts.settings,
+        facts.kv_format(layout),
+        lambda pid, description: ShmReceiver(layout, copier, pid, description),
+        epoch=epoch,
+        pid=os.getpid(),
+        rank=facts.rank,
+        registrar=_registrar(facts, epoch, context),
+        items_per_block=layout.items_per_block,
+        context=context,
+    )
+
+
+class WorkerSide:
+    """One of the two agents, behind the calls that vLLM's model runner makes. Engine's thread."""
+
+    def __init__(self, facts: WorkerFacts) -> None:
+        self._facts = facts
+        self._prefill: PrefillAgent | None = None
+        self._decode: DecodeAgent | None = None
+        self._plan = StepPlan()
+        self._invalid_block_ids: set[int] = set()
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        if self._facts.is_prefill:
+            self._prefill = make_prefill_agent(self._facts, kv_caches)
+        else:
+            self._decode = make_decode_agent(self._facts, kv_caches)
+        self._agent.start()
+
+    @property
+    def _agent(self) -> PrefillAgent | DecodeAgent:
+        agent = self._prefill or self._decode
+        assert agent is not None, "register_kv_caches comes before the first step"
+        return agent
+
+    def begin_step(self, plan: StepPlan) -> None:
+        self._agent.check()
+        self._plan = plan
+        self._agent.begin_step(plan)
+
+    def end_forward(self) -> None:
+        """The forward pass was launched. Called once or several times a step; the second time there is no plan."""
+        plan, self._plan = self._plan, StepPlan()
+        if self._prefill is not None and plan.advance:
+            self._prefill.end_step(plan.advance)
+
+    def take_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        """(sent, received), as vLLM's get_finished returns them."""
+        if self._prefill is not None:
+            return self._prefill.take_finished(finished_req_ids), set()
+        assert self._decode is not None
+        finished: Finished = self._decode.take_finished()
+        self._invalid_block_ids |= finished.invalid_block_ids
+        return set(), finished.req_ids
+
+    def take_invalid_blocks(self) -> set[int]:
+        invalid, self._invalid_block_ids = self._invalid_block_ids, set()
+        return invalid
+
+    def take_counts(self) -> dict[str, int]:
+        return self._agent.take_counts()
+
+    def stop(self) -> None:
+        if self._prefill or self._decode:
+            self._agent.stop()

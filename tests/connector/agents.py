@@ -1,0 +1,120 @@
+"""A prefill and a decode agent over small KV memories, as a worker would build them; no vLLM needed."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from twolane.connector.decode_agent import DecodeAgent
+from twolane.connector.plan import Advance, Finish, Offer, Receive, StepPlan
+from twolane.connector.prefill_agent import PrefillAgent
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.worker import WorkerFacts, make_decode_agent, make_prefill_agent
+
+NUM_BLOCKS = 32
+BLOCK_SIZE = 4
+LAYERS = 3
+DIGEST = b"prompt"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kv_memory(*, fill: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (NUM_BLOCKS, 2, BLOCK_SIZE, 8)
+    return {
+        f"layer.{i}": torch.randn(*shape, generator=generator) if fill else torch.zeros(*shape) for i in range(LAYERS)
+    }
+
+
+def facts(settings: ConnectorSettings, *, is_prefill: bool, port: int, **changes: Any) -> WorkerFacts:
+    made = WorkerFacts(
+        is_prefill=is_prefill,
+        settings=settings,
+        kv_port=port,
+        model="tiny",
+        kv_dtype="float32",
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        tp_size=1,
+        rank=0,
+    )
+    return replace(made, **changes)
+
+
+@dataclass
+class Prefill:
+    agent: PrefillAgent
+    address: str
+    kv: dict[str, torch.Tensor]
+
+    def offer(self, transfer_id: str = "t", req_id: str = "p", digest: bytes = DIGEST) -> None:
+        self.agent.begin_step(StepPlan(offer=[Offer(req_id, transfer_id, digest)]))
+
+    def compute(self, block_ids: list[int], num_tokens: int, req_id: str = "p") -> None:
+        self.agent.end_step([Advance(req_id, block_ids, True, num_tokens)])
+
+    def finish(self, req_id: str = "p", *, ok: bool = True) -> None:
+        self.agent.begin_step(StepPlan(finish=[Finish(req_id, ok)]))
+
+    def wait_freed(self, req_id: str = "p", timeout_s: float = 5.0) -> None:
+        wait_for(lambda: self.agent.take_finished({req_id}) == {req_id}, timeout_s)
+
+    @property
+    def free_slots(self) -> int:
+        return self.agent._sender.free_slots  # type: ignore[attr-defined,no-any-return]
+
+
+@dataclass
+class Decode:
+    agent: DecodeAgent
+    kv: dict[str, torch.Tensor]
+
+    def receive(
+        self, prefill_address: str, block_ids: list[int], num_tokens: int, transfer_id: str = "t", first_block: int = 0
+    ) -> None:
+        receive = Receive("d", transfer_id, prefill_address, num_tokens, first_block, block_ids, DIGEST)
+        self.agent.begin_step(StepPlan(receive=[receive]))
+
+    def wait_finished(self, timeout_s: float = 5.0) -> set[int]:
+        """Invalid blocks of the one request, once it is reported."""
+        invalid: set[int] = set()
+
+        def reported() -> bool:
+            finished = self.agent.take_finished()
+            invalid.update(finished.invalid_block_ids)
+            return finished.req_ids == {"d"}
+
+        wait_for(reported, timeout_s)
+        return invalid
+
+
+def start_prefill(settings: ConnectorSettings, **changes: Any) -> Prefill:
+    port, kv = free_port(), kv_memory(fill=True)
+    agent = make_prefill_agent(facts(settings, is_prefill=True, port=port, **changes), kv)
+    agent.start()
+    return Prefill(agent, f"127.0.0.1:{port}", kv)
+
+
+def start_decode(settings: ConnectorSettings, **changes: Any) -> Decode:
+    kv = kv_memory(fill=False)
+    agent = make_decode_agent(facts(settings, is_prefill=False, port=free_port(), **changes), kv)
+    agent.start()
+    return Decode(agent, kv)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Polls what an engine's step would ask for."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.005)

@@ -1,0 +1,264 @@
+"""Both agents over real sockets and shared memory: who ends up with which bytes, and who frees what, row by row."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from tests.connector import agents
+from tests.connector.agents import Decode, Prefill, start_decode, start_prefill
+from twolane.connector.plan import Drop, StepPlan
+from twolane.connector.settings import ConnectorSettings
+
+SETTINGS = ConnectorSettings(slot_bytes=4096, num_slots=4, lease_s=1.0, peer_timeout_s=1.0, transfer_timeout_s=2.0)
+
+
+@pytest.fixture
+def prefill() -> Iterator[Prefill]:
+    made = start_prefill(SETTINGS)
+    yield made
+    made.agent.stop()
+
+
+@pytest.fixture
+def decode() -> Iterator[Decode]:
+    made = start_decode(SETTINGS)
+    yield made
+    made.agent.stop()
+
+
+def assert_equal_blocks(prefill: Prefill, decode: Decode, pairs: list[tuple[int, int]]) -> None:
+    for name, tensor in decode.kv.items():
+        for source, target in pairs:
+            assert torch.equal(tensor[target], prefill.kv[name][source])
+
+
+def test_chunks_land_while_the_prompt_is_still_computed(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
+    prefill.compute([3, 4], num_tokens=5)
+    agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
+    assert not decode.agent.take_finished().req_ids
+    prefill.compute([3, 4, 5], num_tokens=11)
+    assert decode.wait_finished() == set()
+    assert_equal_blocks(prefill, decode, [(3, 20), (4, 21), (5, 22)])
+    prefill.finish()
+    prefill.wait_freed()
+    agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
+    assert prefill.agent.take_counts()["kv_sent_tokens"] == 10
+    assert decode.agent.take_counts()["kv_received_tokens"] == 10
+
+
+def test_an_announce_may_come_before_the_request_or_after_its_end(prefill: Prefill, decode: Decode) -> None:
+    decode.receive(prefill.address, [20], num_tokens=4, transfer_id="early")
+    time.sleep(0.1)  # so that the announce is there first
+    prefill.offer("early", "p1")
+    prefill.compute([3], 5, "p1")
+    assert decode.wait_finished() == set()
+    prefill.offer("late", "p2")
+    prefill.compute([6], 5, "p2")
+    prefill.finish("p2")
+    assert prefill.agent.take_finished({"p2"}) == set(), "blocks are kept for D"
+    decode.receive(prefill.address, [25], num_tokens=4, transfer_id="late")
+    assert decode.wait_finished() == set()
+    assert_equal_blocks(prefill, decode, [(3, 20), (6, 25)])
+    prefill.wait_freed("p2")
+
+
+def test_a_long_prompt_goes_through_few_slots(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    decode.receive(prefill.address, list(range(31, -1, -1)), num_tokens=128)
+    prefill.compute(list(range(32)), 129)
+    assert decode.wait_finished() == set()
+    assert_equal_blocks(prefill, decode, [(i, 31 - i) for i in range(32)])
+
+
+def test_blocks_in_ds_prefix_cache_are_not_touched(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    prefill.compute([3, 4, 5], 11)
+    decode.receive(prefill.address, [22], num_tokens=10, first_block=2)
+    assert decode.wait_finished() == set()
+    assert_equal_blocks(prefill, decode, [(5, 22)])
+    assert decode.agent.take_counts()["kv_received_tokens"] == 2
+
+
+def test_d_drops_a_transfer_and_nothing_lands_afterwards(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
+    prefill.compute([3], 4)
+    agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
+    decode.agent.begin_step(StepPlan(drop=[Drop("t", prefill.address, "the request ended")]))
+    decode.wait_finished()
+    for tensor in decode.kv.values():
+        tensor.zero_()  # the blocks are somebody else's now
+    prefill.compute([3, 4, 5], 11)
+    prefill.finish()
+    prefill.wait_freed()
+    agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
+    assert not any(tensor.any() for tensor in decode.kv.values())
+
+
+def test_d_drops_before_it_had_blocks_and_p_frees_at_once(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    prefill.compute([3], 4)
+    prefill.finish()
+    decode.agent.begin_step(StepPlan(drop=[Drop("t", prefill.address, "the request ended")]))
+    prefill.wait_freed(timeout_s=0.8)  # before the lease runs out
+
+
+def test_ps_request_ends_early_and_d_computes_what_is_missing(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
+    prefill.compute([3], 4)
+    agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
+    prefill.finish(ok=False)
+    assert decode.wait_finished() == {21, 22}
+    prefill.wait_freed()
+    assert decode.agent.take_counts()["kv_recomputed_tokens"] == 6
+
+
+def test_preempted_blocks_are_not_read(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    prefill.compute([3, 4, 5], 11)
+    prefill.agent.begin_step(StepPlan(preempted=["p"]))
+    for tensor in prefill.kv.values():
+        tensor[3:6] = 999.0  # another request's now
+    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
+    time.sleep(0.2)
+    assert not decode.kv["layer.0"].any()
+    prefill.compute([7, 8, 9], 11)
+    assert decode.wait_finished() == set()
+    assert_equal_blocks(prefill, decode, [(7, 20), (8, 21), (9, 22)])
+
+
+def test_the_lease_runs_out_when_d_never_comes(prefill: Prefill) -> None:
+    prefill.offer()
+    prefill.compute([3], 4)
+    prefill.finish()
+    started_s = time.monotonic()
+    prefill.wait_freed()
+    assert time.monotonic() - started_s >= SETTINGS.lease_s
+    assert prefill.agent.take_counts()["kv_leases_expired"] == 1
+
+
+def test_d_comes_after_the_lease_and_is_told(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer()
+    prefill.compute([3], 4)
+    prefill.finish()
+    prefill.wait_freed()
+    decode.receive(prefill.address, [20], num_tokens=4)
+    assert decode.wait_finished(timeout_s=0.5) == {20}
+
+
+def test_a_request_that_never_reaches_p_ends_the_wait(prefill: Prefill, decode: Decode) -> None:
+    decode.receive(prefill.address, [20], num_tokens=4)
+    assert decode.wait_finished(timeout_s=SETTINGS.lease_s + 1.5) == {20}
+
+
+def test_no_p_at_the_address_ends_the_wait(decode: Decode) -> None:
+    decode.receive(f"127.0.0.1:{agents.free_port()}", [20], num_tokens=4)
+    assert decode.wait_finished(timeout_s=SETTINGS.peer_timeout_s + 1.0) == {20}
+
+
+def test_a_prompt_that_differs_is_refused(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer(digest=b"other")
+    prefill.compute([3], 4)
+    decode.receive(prefill.address, [20], num_tokens=4)
+    assert decode.wait_finished() == {20}
+    assert not decode.kv["layer.0"].any()
+    prefill.finish()
+    prefill.wait_freed(timeout_s=0.8)
+
+
+@pytest.mark.parametrize("changes", [{"model": "other"}, {"kv_dtype": "bfloat16"}, {"tp_size": 2}])
+def test_kv_that_does_not_match_is_refused_and_named(prefill: Prefill, changes: dict[str, object]) -> None:
+    decode = start_decode(SETTINGS, **changes)
+    try:
+        decode.receive(prefill.address, [20], num_tokens=4)
+        assert decode.wait_finished() == {20}
+    finally:
+        decode.agent.stop()
+
+
+def test_a_transfer_id_used_twice_disturbs_nobody(prefill: Prefill, decode: Decode) -> None:
+    prefill.offer("t", "p")
+    prefill.offer("t", "p2")
+    prefill.compute([3], 4)
+    decode.receive(prefill.address, [20], num_tokens=4)
+    assert decode.wait_finished() == set()
+    for req_id in ("p", "p2"):
+        prefill.finish(req_id)
+        prefill.wait_freed(req_id)
+
+
+def _prefill_process(pipe: Connection) -> None:
+    prefill = start_prefill(SETTINGS)
+    prefill.offer()
+    prefill.compute([3], 4)
+    pipe.send((os.getpid(), prefill.address))
+    pipe.recv()
+
+
+def test_p_killed_in_mid_transfer_ends_the_wait_at_once(decode: Decode) -> None:
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=_prefill_process, args=(theirs,))
+    child.start()
+    try:
+        pid, address = ours.recv()
+        decode.receive(address, [20, 21], num_tokens=8)
+        agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
+        os.kill(pid, signal.SIGKILL)
+        assert decode.wait_finished(timeout_s=0.5) == {21}, "by the pidfd, not by a deadline"
+    finally:
+        child.kill()
+        child.join()
+
+
+def _decode_process(address: str, pipe: Connection) -> None:
+    decode = start_decode(SETTINGS)
+    decode.receive(address, [20, 21], num_tokens=8)
+    agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
+    pipe.send(os.getpid())
+    pipe.recv()
+
+
+def test_d_killed_in_mid_transfer_frees_ps_blocks_at_once(prefill: Prefill) -> None:
+    prefill.offer()
+    prefill.compute([3], 4)
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=_decode_process, args=(prefill.address, theirs))
+    child.start()
+    try:
+        pid = ours.recv()
+        os.kill(pid, signal.SIGKILL)
+        prefill.finish()
+        prefill.wait_freed(timeout_s=0.5)
+        assert prefill.free_slots == SETTINGS.num_slots
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_200_transfers_leave_nothing_behind(prefill: Prefill, decode: Decode) -> None:
+    for index in range(200):
+        req_id, transfer_id = f"p{index}", f"t{index}"
+        prefill.offer(transfer_id, req_id)
+        decode.receive(prefill.address, [20, 21], num_tokens=8, transfer_id=transfer_id)
+        prefill.compute([3, 4], 9, req_id)
+        prefill.finish(req_id)
+        assert decode.wait_finished() == set()
+        prefill.wait_freed(req_id)
+    agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
+    state = prefill.agent
+    assert not state._by_req
+    assert not state._by_id
+    assert not state._early
+    assert not decode.agent._open
+    assert not any(peer.transfers for peer in decode.agent._peers.values())
