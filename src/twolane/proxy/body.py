@@ -1,0 +1,162 @@
+"""One client body made into the bodies of its two legs. Pure.
+
+Only the top level of the JSON is taken apart; values stay the bytes that the client sent, so that numbers, escapes and
+unknown fields reach the instances as they came.
+
+P must render and tokenize the very same prompt as D, and do nothing else that costs time: so what only shapes the
+answer is dropped, and what vLLM's chat templates may see is kept (tools, documents, chat_template_kwargs,
+reasoning_effort, ...). The choice of fields follows vllm/entrypoints/openai/{completion,chat_completion}/protocol.py of
+0.26 to 0.32. Where a template does look at a dropped field (Kimi K3 shows `tool_choice` and `response_format` to the
+model), the prompts differ, P refuses the transfer by its digest, and D computes the prompt: slower, not wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from twolane.errors import BadRequestError
+from twolane.protocol import HandoffParams
+
+Fields = dict[str, msgspec.Raw]
+
+KV_PARAMS = "kv_transfer_params"
+
+# They shape the answer, not the prompt: sampling, stopping, guided decoding, what is reported.
+_NOT_FOR_PREFILL = frozenset(
+    (
+        KV_PARAMS,
+        "allowed_token_ids",
+        "bad_words",
+        "best_of",
+        "echo",
+        "frequency_penalty",
+        "include_stop_str_in_output",
+        "length_penalty",
+        "logit_bias",
+        "logprob_token_ids",
+        "logprobs",
+        "min_p",
+        "min_tokens",
+        "presence_penalty",
+        "repetition_detection",
+        "repetition_penalty",
+        "response_format",
+        "return_prompt_text",
+        "return_token_ids",
+        "return_token_offsets",
+        "return_tokens_as_token_ids",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "stream_interval",
+        "stream_options",
+        "structured_outputs",
+        "temperature",
+        "thinking_token_budget",
+        "top_k",
+        "top_logprobs",
+        "top_p",
+    )
+)
+_ONE = msgspec.Raw(b"1")
+_NULL = msgspec.Raw(b"null")
+# One greedy token: no sorting of the vocabulary, no random state.
+_FOR_PREFILL: Fields = {
+    "max_tokens": _ONE,
+    "stream": msgspec.Raw(b"false"),
+    "n": _ONE,
+    "temperature": msgspec.Raw(b"0"),
+}
+
+_decode_fields = msgspec.json.Decoder(Fields).decode
+_encode = msgspec.json.encode
+
+
+@dataclass(frozen=True, slots=True)
+class SplitBody:
+    """A client's body. `whole_because` names the field for which it can't be split, or is empty."""
+
+    raw: bytes
+    fields: Fields
+    stream: bool
+    whole_because: str
+
+    def for_prefill(self, transfer_id: str, decode_address: str) -> bytes:
+        """The least work that fills the KV cache. `decode_address` is D's control address."""
+        fields = {name: value for name, value in self.fields.items() if name not in _NOT_FOR_PREFILL}
+        fields.update(_FOR_PREFILL)
+        if "max_completion_tokens" in fields:
+            fields["max_completion_tokens"] = _ONE
+        if "tools" in fields and not _is_none_choice(fields.get("tool_choice")):
+            # Null renders the tools into the prompt like `auto` and `required` do, without a grammar and without
+            # vLLM's check for --enable-auto-tool-choice. `none` stays: an instance may be told to leave tools out then.
+            fields["tool_choice"] = _NULL
+        params = HandoffParams(transfer_id, decode_address, do_remote_decode=True)
+        return _encode({**fields, KV_PARAMS: params})
+
+    def for_decode(self, transfer_id: str, prefill_address: str) -> bytes:
+        """The body as it came, and where the KV comes from. `prefill_address` is P's control address."""
+        params = HandoffParams(transfer_id, prefill_address, do_remote_prefill=True)
+        if KV_PARAMS in self.fields:
+            return _encode({**self.fields, KV_PARAMS: params})
+        separator = b"," if self.fields else b""
+        # The decoder has seen one JSON object, so the last brace is its end.
+        end = self.raw.rindex(b"}")
+        return b'%b%b"%b":%b}' % (self.raw[:end], separator, KV_PARAMS.encode(), _encode(params))
+
+    def for_decode_alone(self) -> bytes:
+        """D computes the prompt itself. What a client says about KV transfers is dropped."""
+        if KV_PARAMS not in self.fields:
+            return self.raw
+        return _encode({name: value for name, value in self.fields.items() if name != KV_PARAMS})
+
+
+def parse_body(raw: bytes, is_chat: bool) -> SplitBody:
+    """Raises BadRequestError if `raw` isn't a JSON object. What the fields hold is for the instances to judge."""
+    try:
+        fields = _decode_fields(raw)
+        stream = _value(fields, "stream") is True
+        return SplitBody(raw, fields, stream, _why_whole(fields, is_chat))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadRequestError(f"the request's body is not a JSON object: {error}") from error
+
+
+def _is_none_choice(choice: msgspec.Raw | None) -> bool:
+    return choice is not None and bytes(choice).strip() == b'"none"'
+
+
+def _value(fields: Fields, name: str) -> object:
+    raw = fields.get(name)
+    return None if raw is None else msgspec.json.decode(raw)
+
+
+def _why_whole(fields: Fields, is_chat: bool) -> str:
+    """The field for which P and D can't share this request; empty if they can."""
+    limit = _value(fields, "truncate_prompt_tokens")
+    reasons = {
+        # Several answers from one prompt are several requests in the engine; one transfer fills one of them.
+        "n": _value(fields, "n") not in (None, 1),
+        "best_of": _value(fields, "best_of") not in (None, 1),
+        "use_beam_search": bool(_value(fields, "use_beam_search")),
+        "prompt_embeds": "prompt_embeds" in fields,  # no token ids to compare
+        # The engine that answers must see every prompt token.
+        "prompt_logprobs": _value(fields, "prompt_logprobs") is not None,
+        # With echo, vLLM takes (top_)logprobs for prompt_logprobs; chat's default of 0 counts.
+        "echo": bool(_value(fields, "echo")) and (is_chat or _value(fields, "logprobs") is not None),
+        # To the model's length less max_tokens, which differ.
+        "truncate_prompt_tokens": isinstance(limit, int) and limit < 0,
+        "prompt": not is_chat and _has_many_prompts(fields),
+    }
+    return next((name for name, applies in reasons.items() if applies), "")
+
+
+def _has_many_prompts(fields: Fields) -> bool:
+    """A list of prompts is several requests; a list with one prompt, or of token ids, is one."""
+    raw = fields.get("prompt")
+    start = bytes(memoryview(raw)[:64]).lstrip() if raw is not None else b""
+    if raw is None or not start.startswith(b"[") or start[1:].lstrip()[:1].isdigit():
+        return False
+    prompts: list[msgspec.Raw] = msgspec.json.decode(raw, type=list[msgspec.Raw])
+    return len(prompts) != 1

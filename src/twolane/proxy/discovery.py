@@ -1,0 +1,123 @@
+"""Registrations over ZMQ: instances say every 3 s that they are there, as P2pNcclConnector's did."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from time import monotonic
+
+import msgspec
+import zmq
+
+from twolane.config import ProxySettings
+from twolane.errors import ConfigError
+from twolane.protocol import Registration, decode_registration, split_address
+from twolane.proxy.pool import Pool
+from twolane.proxy.ports import port_in_use
+
+logger = logging.getLogger(__name__)
+
+_MAX_MESSAGE_BYTES = 64 * 1024
+_MESSAGES_A_TURN = 64  # then other callbacks of the loop get theirs
+_COMPLAIN_EVERY_S = 10.0
+
+
+class Discovery:
+    """Owns the ROUTER socket, which is read from the event loop's callbacks; nothing here blocks."""
+
+    def __init__(self, settings: ProxySettings, pool: Pool) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._loopback_only = is_loopback(settings.host)
+        self._context = zmq.Context(io_threads=1)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._complain_after = 0.0
+        self._num_unlogged = 0
+        self.port = settings.discovery_port
+
+    def bind(self) -> None:
+        """Raises ConfigError if the port is taken."""
+        host, port = self._settings.host, self._settings.discovery_port
+        socket = self._socket
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        # An instance that comes back uses the same identity, maybe before we know that the old one is gone.
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        socket.setsockopt(zmq.IPV6, 1 if ":" in host else 0)
+        address = f"[{host}]" if ":" in host else "127.0.0.1" if host == "localhost" else host
+        try:
+            socket.bind(f"tcp://{address}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == zmq.EADDRINUSE:
+                raise port_in_use("discovery", port, "--discovery-port") from error
+            raise ConfigError(f"can't listen for registrations on {host}:{port}: {error}") from error
+        endpoint = socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.port = int(endpoint.rstrip(b"\0").rpartition(b":")[2])
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._readable)
+        self._readable()  # the descriptor only tells of changes
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def stop(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self.close()
+
+    def _readable(self) -> None:
+        """Reads until nothing is left: ZMQ's descriptor is edge-triggered."""
+        for _ in range(_MESSAGES_A_TURN):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except zmq.ZMQError as error:
+                if not self._socket.closed:
+                    self._complain(f"can't read: {error}")
+                return
+            self.take(frames)
+        asyncio.get_running_loop().call_soon(self._readable)
+
+    def take(self, frames: list[bytes]) -> None:
+        """One message: the sender's identity and the registration map."""
+        if self._socket.closed:
+            return
+        try:
+            registration = decode_registration(frames[-1])
+            self._check(registration)
+        except (msgspec.MsgspecError, ValueError) as error:
+            self._complain(f"from {frames[0][:64]!r}: {error}")
+            return
+        self._pool.register(registration, monotonic())
+
+    def _check(self, registration: Registration) -> None:
+        host, _ = split_address(registration.http_address)
+        split_address(registration.zmq_address)
+        if self._loopback_only and not is_loopback(host):
+            raise ValueError(
+                f"{registration.http_address} is not on this machine's loopback, to which the proxy is bound"
+            )
+
+    def _complain(self, what: str) -> None:
+        """Logs, but not for everyone who can send garbage at will."""
+        now = monotonic()
+        if now < self._complain_after:
+            self._num_unlogged += 1
+            return
+        logger.warning('registration refused reason="%s" more_not_logged=%d', what, self._num_unlogged)
+        self._complain_after = now + _COMPLAIN_EVERY_S
+        self._num_unlogged = 0
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,56 @@
+"""Probes instances that are not ready, and forgets those that have gone silent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+
+from twolane.config import ProxySettings
+from twolane.errors import UpstreamError
+from twolane.proxy.http_client import HttpClient, request_bytes
+from twolane.proxy.pool import Instance, Pool
+
+logger = logging.getLogger(__name__)
+
+
+class Health:
+    """`run` is the task; `wake` makes it look at once."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self._settings = settings
+        self._due = asyncio.Event()
+
+    def wake(self) -> None:
+        self._due.set()
+
+    async def run(self, pool: Pool, client: HttpClient) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as probes:
+            while True:
+                self._due.clear()
+                now = monotonic()
+                pool.expire(now)
+                for instance in pool.due_probes(now):
+                    probes.create_task(self._probe(instance, pool, client))
+                await self._sleep(pool.next_probe_at(), now)
+
+    async def _sleep(self, until: float | None, now: float) -> None:
+        longest_s = self._settings.health_every_s  # expiry is looked at as often
+        try:
+            async with asyncio.timeout(longest_s if until is None else max(0.0, min(longest_s, until - now))):
+                await self._due.wait()
+        except TimeoutError:
+            pass
+
+    async def _probe(self, instance: Instance, pool: Pool, client: HttpClient) -> None:
+        healthy = False
+        try:
+            request = request_bytes("GET", b"/health", instance.address, b"")
+            head, _ = await client.fetch(instance.address, request, self._settings.health_timeout_s)
+            healthy = head.status == 200
+        except UpstreamError as error:
+            logger.debug('probe role=%s address=%s reason="%s"', instance.role, instance.address, error)
+        finally:
+            pool.probed(instance, healthy, monotonic())
+            self.wake()

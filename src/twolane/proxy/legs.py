@@ -1,0 +1,178 @@
+"""The two legs of an attempt, as states that the sockets' callbacks advance, and the judgement over them.
+
+`judge` is the whole failover table: it looks at both states and says what the request should do now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from twolane.errors import UpstreamError
+from twolane.proxy.headers import Headers, find
+from twolane.proxy.upstream import ResponseHead
+
+_MAX_PREFILL_BODY_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True)
+class LegState:
+    """How far one leg's answer is. `begun`: so far that nothing else may answer the client any more."""
+
+    status: int = 0  # 0 until the head has come
+    begun: bool = False
+    ended: bool = False
+    error: UpstreamError | None = None
+
+
+class Verdict(enum.Enum):
+    WAIT = enum.auto()
+    RELAY = enum.auto()  # D's answer, of whatever status below 500, goes to the client
+    ANSWER_PREFILL = enum.auto()  # P refused the request as wrong: its answer goes to the client
+    RETRY_PREFILL = enum.auto()  # another P, or none
+    RETRY_DECODE = enum.auto()  # another D, with the prefill leg again
+
+
+def judge(prefill: LegState | None, decode: LegState) -> Verdict:
+    """Pure. Once D has begun, P's fate changes nothing: D has, or recomputes, what it needs."""
+    if decode.begun:
+        return Verdict.RELAY
+    if decode.error is not None:
+        return Verdict.RETRY_DECODE
+    if prefill is None:
+        return Verdict.WAIT
+    if prefill.error is not None:
+        return Verdict.RETRY_PREFILL
+    if prefill.ended and prefill.status >= 400:
+        return Verdict.ANSWER_PREFILL
+    return Verdict.WAIT
+
+
+class PrefillLeg:
+    """Listens to P. A good answer is thrown away; a 4xx is kept, since it may be the client's."""
+
+    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
+        self.state = LegState()
+        self.headers: Headers = []
+        self.body = b""
+        self.done_at: float | None = None  # when (monotonic, s) came the end of a good answer
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._name = name
+        self._on_change = on_change
+        self._num_bytes = 0
+
+    def head_received(self, head: ResponseHead) -> None:
+        self.state.status = head.status
+        self.headers = head.headers
+        if not (200 <= head.status < 300 or 400 <= head.status < 500):
+            self.failed(UpstreamError(f"{self._name} answered {head.status}"))
+
+    def data_received(self, data: bytes) -> None:
+        self._num_bytes += len(data)
+        if self._num_bytes > _MAX_PREFILL_BODY_BYTES:
+            self.failed(UpstreamError(f"{self._name} answered more than {_MAX_PREFILL_BODY_BYTES} bytes"))
+        elif self.state.status >= 400:
+            self.body += data
+
+    def ended(self) -> None:
+        if self.state.error is None:
+            self.state.ended = True
+            if self.state.status < 300:
+                self.done_at = monotonic()
+            self._settle()
+
+    def failed(self, error: UpstreamError) -> None:
+        if self.state.error is None and not self.state.ended:
+            self.state.error = error
+            self._settle()
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+        self._on_change()
+
+
+@dataclass(slots=True)
+class Held:
+    """What D has sent and the client has not got yet."""
+
+    pieces: list[bytes] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def add(self, data: bytes) -> None:
+        self.pieces.append(data)
+        self.num_bytes += len(data)
+
+    def take(self) -> bytes:
+        data = b"".join(self.pieces)
+        self.pieces.clear()
+        self.num_bytes = 0
+        return data
+
+
+class DecodeLeg:
+    """Listens to D. Its answer is held until `sink` is set, then goes there straight from the socket's callback."""
+
+    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
+        self.state = LegState()
+        self.head: ResponseHead | None = None
+        self.is_stream = False  # server-sent events
+        self.held = Held()
+        self.first_data_at: float | None = None
+        self.last_data_at = 0.0
+        self.sink: Callable[[bytes], None] | None = None
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_held: Callable[[], None] | None = None  # more is held
+        self._name = name
+        self._on_change = on_change
+
+    def head_received(self, head: ResponseHead) -> None:
+        self.state.status = head.status
+        self.last_data_at = monotonic()
+        if head.status >= 500:
+            self.failed(UpstreamError(f"{self._name} answered {head.status}"))
+            return
+        self.head = head
+        content_type = find(head.headers, b"content-type") or b""
+        self.is_stream = content_type.startswith(b"text/event-stream")
+        if not self.is_stream:
+            # vLLM sends this head when the answer is ready; a stream's head says only that the request is accepted.
+            self._begin()
+
+    def data_received(self, data: bytes) -> None:
+        self.last_data_at = monotonic()
+        if self.sink is not None:
+            self.sink(data)
+            return
+        if self.state.error is not None:
+            return
+        self.held.add(data)
+        if self.first_data_at is None:
+            self.first_data_at = self.last_data_at
+            self._begin()
+        if self.on_held is not None:
+            self.on_held()
+
+    def ended(self) -> None:
+        if self.state.error is None:
+            self.state.ended = True
+            self._begin()
+            self._settle()
+
+    def failed(self, error: UpstreamError) -> None:
+        if self.state.error is None and not self.state.ended:
+            self.state.error = error
+            self._settle()
+
+    def _begin(self) -> None:
+        if not self.state.begun:
+            self.state.begun = True
+            self._on_change()
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+        self._on_change()

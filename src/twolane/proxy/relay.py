@@ -1,0 +1,136 @@
+"""D's answer to the client: bytes go from one socket's callback into the other's buffer, nothing is parsed."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+import msgspec
+
+from twolane.config import ProxySettings
+from twolane.errors import UpstreamError, UpstreamTimeoutError
+from twolane.proxy.attempt import Attempt
+from twolane.proxy.headers import Headers, end_to_end
+from twolane.proxy.responder import Responder, error_object
+
+_MAX_PARTIAL_EVENT_BYTES = 1024 * 1024
+_NOT_RETURNED = frozenset((b"x-request-id",))  # ours goes back in its place
+
+
+class EventCutter:
+    """Passes on whole server-sent events only, so that an error event can follow at any time."""
+
+    def __init__(self) -> None:
+        self._partial = b""
+
+    def whole(self, data: bytes) -> bytes:
+        """What may be sent now; the rest is kept, up to a bound."""
+        if self._partial:
+            data = self._partial + data
+            self._partial = b""
+        if data.endswith((b"\n\n", b"\r\n\r\n")):
+            return data
+        lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+        cut = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+        if len(data) - cut > _MAX_PARTIAL_EVENT_BYTES:
+            return data
+        self._partial = data[cut:]
+        return data[:cut]
+
+    def rest(self) -> bytes:
+        rest, self._partial = self._partial, b""
+        return rest
+
+
+class ClientTooSlowError(UpstreamError):
+    """The client hasn't read for so long that the answer was cut. No instance is to blame."""
+
+
+class Relay:
+    """One answer on its way. `run` returns when it has ended, for better or worse."""
+
+    def __init__(self, attempt: Attempt, responder: Responder, settings: ProxySettings, headers: Headers) -> None:
+        self._leg = attempt.decode
+        self._exchange = attempt.decode_exchange
+        self._responder = responder
+        self._settings = settings
+        self._headers = headers  # ours, added to D's
+        self._cutter = EventCutter()
+
+    async def run(self) -> UpstreamError | None:
+        """None if the client has got D's whole answer, else why not. Raises UpstreamError if it has got nothing."""
+        if not self._leg.is_stream and not await self._held_whole():
+            raise self._leg.state.error or UpstreamError("the answer broke off")
+        self._pass_on()
+        await self._ended()
+        return self._finish()
+
+    async def _held_whole(self) -> bool:
+        """Holds back an answer that is no stream, until it is whole or too large to hold. False if it broke off."""
+        limit_bytes = self._settings.max_held_body_bytes
+        enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_held() -> None:
+            if self._leg.held.num_bytes > limit_bytes and not enough.done():
+                self._exchange.pause()
+                enough.set_result(None)
+
+        self._leg.on_held = on_held
+        on_held()
+        while not self._leg.settled.done() and not enough.done():
+            await self._wait_a_while(self._leg.settled, enough)
+        self._leg.on_held = None
+        return self._leg.state.error is None
+
+    def _pass_on(self) -> None:
+        """From here on the leg writes to the client by itself."""
+        leg, responder = self._leg, self._responder
+        assert leg.head is not None
+        whole = leg.state.ended
+        length_bytes = leg.held.num_bytes if whole and not leg.is_stream else leg.head.length_bytes
+        responder.start(leg.head.status, end_to_end(leg.head.headers, _NOT_RETURNED) + self._headers, length_bytes)
+        responder.on_flow = self._flow
+        sink = self._write_events if leg.is_stream else responder.write
+        sink(leg.held.take())
+        leg.sink = sink
+        self._flow(responder.paused)
+
+    def _write_events(self, data: bytes) -> None:
+        self._responder.write(self._cutter.whole(data))
+
+    def _flow(self, paused: bool) -> None:
+        if paused:
+            self._exchange.pause()
+        else:
+            self._leg.last_data_at = monotonic()
+            self._exchange.resume()
+
+    async def _ended(self) -> None:
+        while not self._leg.settled.done():
+            await self._wait_a_while(self._leg.settled)
+
+    async def _wait_a_while(self, *futures: asyncio.Future[None]) -> None:
+        """Until a future is done, or the answer has been silent for too long, which fails the leg."""
+        idle_s = self._settings.stream_idle_timeout_s
+        left_s = self._leg.last_data_at + idle_s - monotonic()
+        if left_s > 0:
+            await asyncio.wait(futures, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        elif self._responder.paused:
+            self._leg.failed(ClientTooSlowError(f"the client read nothing for {idle_s:g} s"))
+        else:
+            self._leg.failed(UpstreamTimeoutError(f"the decode instance was silent for {idle_s:g} s"))
+
+    def _finish(self) -> UpstreamError | None:
+        error, responder = self._leg.state.error, self._responder
+        self._leg.sink = None
+        if error is None:
+            if self._leg.is_stream:
+                responder.write(self._cutter.rest())
+            responder.end()
+        elif self._leg.is_stream and not isinstance(error, ClientTooSlowError):
+            responder.write(b"event: error\ndata: " + msgspec.json.encode(error_object(error)) + b"\n\n")
+            responder.keep_alive = False
+            responder.end()
+        else:
+            responder.abort()
+        return error

@@ -1,0 +1,112 @@
+"""What has happened: counters, and the last requests one by one."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+from twolane.proxy.pool import Instance
+
+logger = logging.getLogger(__name__)
+
+_NUM_RECENT = 100
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request's story. Times are monotonic, in s; None if it never came to that."""
+
+    route: str
+    request_id: str
+    started_at: float
+    transfer_id: str = ""
+    prefill: str = ""  # addresses; empty: none
+    decode: str = ""
+    alone_because: str = ""  # why D computed the prompt itself
+    stream: bool = False
+    status: int = 0
+    outcome: str = "open"
+    attempts: int = 0
+    prefill_done_at: float | None = None
+    first_byte_at: float | None = None
+    ended_at: float | None = None
+
+    def _ms(self, moment: float | None) -> float | None:
+        return None if moment is None else round((moment - self.started_at) * 1e3, 2)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "transfer_id": self.transfer_id or None,
+            "request_id": self.request_id,
+            "route": self.route,
+            "prefill": self.prefill or None,
+            "decode": self.decode or None,
+            "alone_because": self.alone_because or None,
+            "stream": self.stream,
+            "status": self.status,
+            "outcome": self.outcome,
+            "attempts": self.attempts,
+            "prefill_done_ms": self._ms(self.prefill_done_at),
+            "first_byte_ms": self._ms(self.first_byte_at),
+            "total_ms": self._ms(self.ended_at),
+        }
+
+
+class Stats:
+    """Owns the counters."""
+
+    def __init__(self, started_at: float) -> None:
+        self.started_at = started_at
+        self._requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
+        self._alone: Counter[str] = Counter()
+        self._recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
+
+    def ended(self, record: RequestRecord) -> None:
+        """The client's part is over. P's last word may still be written into the record."""
+        self._requests[record.route, record.outcome] += 1
+        if record.alone_because:
+            self._alone[record.alone_because] += 1
+        self._recent.append(record)
+
+    def as_dict(self) -> dict[str, Any]:
+        requests: dict[str, dict[str, int]] = {}
+        for (route, outcome), count in sorted(self._requests.items()):
+            requests.setdefault(route, {})[outcome] = count
+        return {
+            "requests": requests,
+            "decode_alone": dict(self._alone),
+            "recent": [record.as_dict() for record in self._recent],
+        }
+
+
+def log_request(record: RequestRecord) -> None:
+    """The one line."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    fields = " ".join(f"{name}={_text(value)}" for name, value in record.as_dict().items())
+    logger.info("request %s", fields)
+
+
+def _text(value: object) -> object:
+    if value is None:
+        return "-"
+    return f'"{value}"' if isinstance(value, str) and " " in value else value
+
+
+def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
+    return {
+        "role": instance.role,
+        "address": instance.address,
+        "control_address": instance.control_address,
+        "kind": instance.kind,
+        "state": instance.state.value,
+        "state_since_s": round(now - instance.since, 3),
+        "reason": instance.reason or None,
+        "registered_ago_s": round(now - instance.registered_at, 3),
+        "in_flight": instance.in_flight,
+        "requests": instance.num_requests,
+        "failures": instance.num_failures,
+        "epoch": instance.epoch,
+    }

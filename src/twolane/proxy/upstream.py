@@ -1,0 +1,191 @@
+"""One kept-alive connection to an instance: the socket, the response parser, one exchange at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol, cast
+
+import httptools
+
+from twolane.errors import StaleConnectionError, UpstreamConnectionError, UpstreamError
+from twolane.proxy.headers import Headers, find
+
+if TYPE_CHECKING:
+    from twolane.proxy.http_client import Exchange
+
+# A request that crosses the server's close of an idle connection is refused within a round trip. Later than this the
+# server had taken it, and fell.
+_STALE_WITHIN_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """An answer's head. `length_bytes` is None for a chunked body, or one that ends with the connection."""
+
+    status: int
+    headers: Headers
+    length_bytes: int | None
+    ends_at_eof: bool
+
+
+class Owner(Protocol):
+    """Who keeps the connections."""
+
+    def idle(self, connection: UpstreamConnection) -> None: ...
+    def lost(self, connection: UpstreamConnection) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """Idle, or busy with `_exchange`. It goes back to its owner when an answer has ended and both sides keep it."""
+
+    def __init__(self, address: str, max_head_bytes: int, owner: Owner) -> None:
+        self.address = address
+        self.idle_since = 0.0
+        self._max_head_bytes = max_head_bytes
+        self._owner = owner
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._exchange: Exchange | None = None
+        self._num_exchanges = 0
+        self._began_at = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._received = False  # any byte of the present answer
+        self._head_bytes = 0
+        self._headers: Headers = []
+        self._head: ResponseHead | None = None
+        self._head_told = False
+        self._pieces: list[bytes] = []
+        self._complete = False
+        self._keep_alive = False
+
+    def begin(self, exchange: Exchange, request: bytes) -> None:
+        self._exchange = exchange
+        self._num_exchanges += 1
+        self._began_at = monotonic()
+        if self._transport is not None:
+            self._transport.write(request)
+        else:  # it ended between being made and being used; told later, like every other failure
+            asyncio.get_running_loop().call_soon(self.connection_lost, None)
+
+    def pause(self) -> None:
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._transport is not None and not self._transport.is_closing() and not self._transport.is_reading():
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """The exchange hears nothing more."""
+        self._exchange = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol ----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+
+    def data_received(self, data: bytes) -> None:
+        if self._exchange is None:  # an answer to nothing
+            self.abort()
+            return
+        self._received = True
+        try:
+            self._parser.feed_data(data)
+            if self._head is None:
+                self._limit_head(len(data))
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._fail(UpstreamError(f"{self.address} sent no valid HTTP: {error}"))
+            return
+        except UpstreamError as error:
+            self._fail(error)
+            return
+        self._tell(self._exchange)
+
+    def _limit_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > self._max_head_bytes:
+            raise UpstreamError(f"{self.address} sent a head of more than {self._max_head_bytes} bytes")
+
+    def _tell(self, exchange: Exchange) -> None:
+        """Hands on what the parser found. Any call may close the exchange, which ends this."""
+        if self._head is not None and not self._head_told:
+            self._head_told = True
+            exchange.listener.head_received(self._head)
+        if self._pieces and self._exchange is exchange:
+            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces.clear()
+            exchange.listener.data_received(data)
+        if self._complete and self._exchange is exchange:
+            self._release(exchange)
+
+    def _release(self, exchange: Exchange) -> None:
+        self._exchange = None
+        transport = self._transport
+        # An answer before the whole request was sent (a 4xx, mostly): the rest would be taken for the next request.
+        if transport is None or not self._keep_alive or transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self._reset()
+            self.resume()
+            self.idle_since = monotonic()
+            self._owner.idle(self)
+        exchange.finish()
+
+    def _fail(self, error: UpstreamError) -> None:
+        exchange, self._exchange = self._exchange, None
+        self.abort()
+        if exchange is not None:
+            exchange.finish(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._owner.lost(self)
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if self._head is not None and self._head.ends_at_eof and exc is None:
+            self._exchange = None
+            exchange.finish()
+        else:
+            self._fail(self._loss(exc))
+
+    def _loss(self, exc: Exception | None) -> UpstreamConnectionError:
+        why = str(exc) if exc is not None else "closed the connection"
+        if self._received:
+            return UpstreamConnectionError(f"{self.address} broke off its answer: {why}")
+        if self._num_exchanges > 1 and monotonic() - self._began_at < _STALE_WITHIN_S:
+            return StaleConnectionError(f"a kept-alive connection to {self.address} had ended: {why}")
+        return UpstreamConnectionError(f"{self.address} ended the connection without an answer: {why}")
+
+    # --- httptools callbacks -------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head is None:  # trailers are dropped
+            self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:  # `100 Continue`, `103 Early Hints`: the answer is still to come
+            self._headers = []
+            return
+        if self._complete:
+            raise UpstreamError(f"{self.address} sent more than one answer")
+        length = find(self._headers, b"content-length")
+        no_body = status in (204, 304)
+        chunked = find(self._headers, b"transfer-encoding") is not None
+        length_bytes = 0 if no_body else int(length) if length is not None else None
+        self._head = ResponseHead(status, self._headers, length_bytes, length_bytes is None and not chunked)
+
+    def on_body(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._head is not None:
+            self._complete = True
+            self._keep_alive = self._parser.should_keep_alive()

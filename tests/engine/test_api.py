@@ -1,0 +1,92 @@
+"""What a user sees through the proxy: curl's request, the openai package, errors of vLLM itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+
+import httpx
+import openai
+import pytest
+
+from tests.engine.stack import Instance, Stack
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def client(stack: Stack) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
+
+
+def test_curl_is_told_the_capital_of_france(stack: Stack) -> None:
+    body = {"model": stack.model, "prompt": "The capital of France is", "max_tokens": 20, "temperature": 0}
+    command = ["curl", "-sS", "-m", "60", f"{stack.url}/v1/completions", "-H", "Content-Type: application/json"]
+    answer = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, check=True, timeout=90).stdout
+    assert "Paris" in json.loads(answer)["choices"][0]["text"]
+
+
+def test_chat(client: openai.OpenAI, stack: Stack, decode: Instance) -> None:
+    computed = decode.tokens_by_source()["local_compute"]
+    answer = client.chat.completions.create(
+        model=stack.model,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        max_completion_tokens=30,
+        temperature=0,
+    )
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 1
+    assert decode.tokens_by_source()["local_compute"] - computed == 1
+
+
+def test_a_streamed_chat_says_the_same_and_counts_its_usage(client: openai.OpenAI, stack: Stack) -> None:
+    request = {
+        "model": stack.model,
+        "messages": [{"role": "user", "content": "Name three colours of the rainbow."}],
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**request)  # type: ignore[call-overload]
+    chunks = list(
+        client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_a_streamed_completion_says_the_same(client: openai.OpenAI, stack: Stack) -> None:
+    request = {"model": stack.model, "prompt": "One, two, three, four,", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**request)  # type: ignore[call-overload]
+    chunks = list(client.completions.create(**request, stream=True))  # type: ignore[call-overload]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert len(chunks) > 5
+
+
+def test_models_names_the_model(client: openai.OpenAI, stack: Stack) -> None:
+    assert stack.model in [model.id for model in client.models.list()]
+
+
+def test_a_wrong_model_name_gets_vllms_own_404_at_once(stack: Stack, single_url: str) -> None:
+    body = {"model": "nobody-serves-this", "prompt": "Hello", "max_tokens": 4}
+    started_s = time.monotonic()
+    through_proxy = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=30)
+    assert time.monotonic() - started_s < 5
+    direct = httpx.post(f"{single_url}/v1/completions", json=body, timeout=30)
+    assert (through_proxy.status_code, through_proxy.json()) == (404, direct.json())
+
+
+def test_a_prompt_beyond_the_models_length_gets_vllms_own_400(stack: Stack, single_url: str) -> None:
+    body = {"model": stack.model, "prompt": [100] * 9000, "max_tokens": 4}
+    through_proxy = httpx.post(f"{stack.url}/v1/completions", json=body, timeout=30)
+    direct = httpx.post(f"{single_url}/v1/completions", json=body, timeout=30)
+    assert (through_proxy.status_code, through_proxy.json()) == (400, direct.json())
+
+
+def test_health_and_stats_know_both_lanes(stack: Stack) -> None:
+    health = httpx.get(f"{stack.url}/health")
+    assert (health.status_code, health.json()["status"]) == (200, "ok")
+    instances = {instance["role"]: instance for instance in stack.stats()["instances"]}
+    assert {role: instance["state"] for role, instance in instances.items()} == {"P": "ready", "D": "ready"}
