@@ -23,7 +23,7 @@ from tests.engine.stack import (
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-LONG = 6000  # tokens: seconds of prefill, a dozen chunks
+LONG = 3000  # tokens: seconds of prefill, six chunks
 
 
 def prefilling(prefill: Instance) -> bool:

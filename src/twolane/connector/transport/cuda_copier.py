@@ -7,7 +7,6 @@ GPU-to-GPU transports are what a GPU machine should run on.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 
