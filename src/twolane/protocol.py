@@ -54,6 +54,17 @@ class KVFormat(msgspec.Struct, frozen=True):
     tp_size: int
     regions: list[tuple[int, int]]  # per layer, in layer order: (pieces a block, bytes a piece)
 
+    def difference_from(self, prefill: KVFormat) -> str:
+        """What differs between D's format (self) and P's, in words, with the remedy; empty if nothing does."""
+        differing = [
+            f"{name}: prefill {getattr(prefill, name)!r}, decode {getattr(self, name)!r}"
+            for name in self.__struct_fields__
+            if getattr(self, name) != getattr(prefill, name)
+        ]
+        if not differing:
+            return ""
+        return f"the KV caches don't match ({'; '.join(differing)}). Start both with the same model and settings."
+
 
 # --- control messages, D's worker to P's worker (same rank) -----------------------------------------------------------
 

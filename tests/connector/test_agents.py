@@ -256,9 +256,6 @@ def test_200_transfers_leave_nothing_behind(prefill: Prefill, decode: Decode) ->
         assert decode.wait_finished() == set()
         prefill.wait_freed(req_id)
     agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
-    state = prefill.agent
-    assert not state._by_req
-    assert not state._by_id
-    assert not state._early
+    assert prefill.agent.is_idle
     assert not decode.agent._open
     assert not any(peer.transfers for peer in decode.agent._peers.values())

@@ -1,4 +1,4 @@
-"""What every transport must do, whichever it is: `make_pair` builds one sender and one receiver over two KV memories."""
+"""What every transport must do, whichever it is: a sender and a receiver over two KV memories."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_slot_outside_the_arena_is_an_error(pair: Pair, slot: int) -> None:
 def test_200_reconnects_leave_no_descriptor_and_no_mapping_behind(pair: Pair) -> None:
     def footprint() -> tuple[int, int]:
         gc.collect()
-        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("twolane-kv")
+        return len(list(Path("/proc/self/fd").iterdir())), Path("/proc/self/maps").read_text().count("twolane-kv")
 
     before = footprint()
     for _ in range(200):
@@ -140,7 +140,7 @@ def test_200_reconnects_leave_no_descriptor_and_no_mapping_behind(pair: Pair) ->
 
 
 def test_shared_memory_has_no_name(pair: Pair) -> None:
-    assert not [name for name in os.listdir("/dev/shm") if "twolane" in name]  # noqa: S108
+    assert not list(Path("/dev/shm").glob("*twolane*"))  # noqa: S108
 
 
 def test_another_processes_memory_is_not_taken_for_the_arena(pair: Pair) -> None:

@@ -115,7 +115,9 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
             self._scheduler.on_worker_output(connector_output)
 
     def request_finished(
-        self, request: Request, block_ids: list[int]  # noqa: ARG002 - the workers know them
+        self,
+        request: Request,
+        block_ids: list[int],  # noqa: ARG002 - the workers know them
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
         return self._scheduler.request_finished(request), None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import zmq
 
 from twolane.connector.agent import Agent, logger
+from twolane.connector.connection import Connection
 from twolane.connector.host import host_identity, open_pidfd
 from twolane.connector.plan import Drop, Receive, StepPlan
 from twolane.connector.register import Registrar
@@ -24,31 +25,16 @@ from twolane.protocol import (
     Credit,
     Hello,
     KVFormat,
-    Ping,
     Pong,
     Push,
     Refused,
     ToPrefill,
     Welcome,
     decode_to_decode,
-    encode,
     rank_address,
 )
 
-PING_EVERY_S = 1.0
-
 MakeReceiver = Callable[[int, dict[str, object]], Receiver]  # (P's pid, Welcome.transport)
-
-
-@dataclass
-class PrefillPeer:
-    """The connection to one P worker, from the first announce until P dies or falls silent."""
-
-    socket: zmq.Socket[bytes]
-    last_word_s: float
-    last_ping_s: float
-    receiver: Receiver | None = None  # None until Welcome
-    transfers: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -85,7 +71,7 @@ class DecodeAgent(Agent):
         self._open: dict[str, Incoming] = {}
         self._finished = Finished(set(), set())
         self._outbox: list[tuple[str, ToPrefill]] = []  # (P's address, message)
-        self._peers: dict[str, PrefillPeer] = {}
+        self._peers: dict[str, Connection] = {}
 
     # -- engine thread
 
@@ -172,8 +158,10 @@ class DecodeAgent(Agent):
             outbox, self._outbox = self._outbox, []
             for address, message in outbox:
                 self._post(address, message, now_s)
-            for address, peer in list(self._peers.items()):
-                self._watch_silence(address, peer, now_s)
+            for peer in list(self._peers.values()):
+                if peer.is_silent(now_s, self._settings.peer_timeout_s):
+                    reason = f"prefill instance {peer.address} silent for {self._settings.peer_timeout_s:g} s"
+                    self._drop_peer(peer.address, reason)
             for incoming in list(self._open.values()):
                 if incoming.overdue(now_s, self._settings.transfer_timeout_s):
                     timeout_s = self._settings.transfer_timeout_s
@@ -187,30 +175,12 @@ class DecodeAgent(Agent):
             peer.transfers.add(message.transfer_id)
         elif isinstance(message, Cancel):
             peer.transfers.discard(message.transfer_id)
-        self._send(peer, message)
+        peer.send(message)
 
-    def _connect(self, address: str, now_s: float) -> PrefillPeer:
-        socket = self.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)  # bounded by open transfers and by P's slots
-        socket.connect(f"tcp://{address}")
-        self.poller.register(socket, zmq.POLLIN)
-        peer = self._peers[address] = PrefillPeer(socket, now_s, now_s)
-        self._send(peer, self._hello)
+    def _connect(self, address: str, now_s: float) -> Connection:
+        peer = self._peers[address] = Connection.open(self.context, address, self._hello, now_s)
+        self.poller.register(peer.socket, zmq.POLLIN)
         return peer
-
-    @staticmethod
-    def _send(peer: PrefillPeer, message: ToPrefill) -> None:
-        peer.socket.send(encode(message), zmq.NOBLOCK)
-
-    def _watch_silence(self, address: str, peer: PrefillPeer, now_s: float) -> None:
-        if not peer.transfers:
-            peer.last_word_s = now_s  # nobody waits for it
-        elif now_s - peer.last_word_s > self._settings.peer_timeout_s:
-            self._drop_peer(address, f"prefill instance {address} silent for {self._settings.peer_timeout_s:g} s")
-        elif now_s - peer.last_ping_s > PING_EVERY_S:
-            peer.last_ping_s = now_s
-            self._send(peer, Ping())
 
     def on_readable(self, ready: dict[object, int]) -> None:
         for address, peer in list(self._peers.items()):
@@ -222,7 +192,7 @@ class DecodeAgent(Agent):
                 with self.lock:
                     self._on_frame(address, peer, frame)
 
-    def _on_frame(self, address: str, peer: PrefillPeer, frame: bytes) -> None:
+    def _on_frame(self, address: str, peer: Connection, frame: bytes) -> None:
         peer.last_word_s = time.monotonic()
         try:
             message = decode_to_decode(frame)
@@ -243,7 +213,7 @@ class DecodeAgent(Agent):
             case Pong():
                 pass
 
-    def _on_welcome(self, address: str, peer: PrefillPeer, welcome: Welcome) -> None:
+    def _on_welcome(self, address: str, peer: Connection, welcome: Welcome) -> None:
         try:
             self.watch_process(open_pidfd(welcome.pid, welcome.host), address)
             peer.receiver = self._make_receiver(welcome.pid, welcome.transport)
@@ -252,19 +222,19 @@ class DecodeAgent(Agent):
         except TransferError as error:
             logger.error("no transport to prefill instance %s: %s", address, error)
             for transfer_id in peer.transfers:
-                self._send(peer, Cancel(transfer_id, str(error)))
+                peer.send(Cancel(transfer_id, str(error)))
             self._drop_peer(address, str(error))
 
-    def _on_push(self, peer: PrefillPeer, push: Push) -> None:
+    def _on_push(self, peer: Connection, push: Push) -> None:
         incoming = self._open.get(push.transfer_id)
         if incoming is not None and push.transfer_id in peer.transfers:
             try:
                 self._land(peer, incoming, push)
             except TransferError as error:
                 self._fail_and_tell(incoming, str(error))
-        self._send(peer, Credit(push.slot))
+        peer.send(Credit(push.slot))
 
-    def _land(self, peer: PrefillPeer, incoming: Incoming, push: Push) -> None:
+    def _land(self, peer: Connection, incoming: Incoming, push: Push) -> None:
         items = ItemRange(push.first_item, push.num_items)
         targets = incoming.target_blocks(items)
         if peer.receiver is None:
@@ -279,7 +249,7 @@ class DecodeAgent(Agent):
         for peer in self._peers.values():
             if incoming.transfer_id in peer.transfers:
                 peer.transfers.discard(incoming.transfer_id)
-                self._send(peer, Cancel(incoming.transfer_id, reason))
+                peer.send(Cancel(incoming.transfer_id, reason))
         self._fail(incoming, reason)
 
     def on_peer_death(self, peer: bytes | str) -> None:
@@ -294,15 +264,11 @@ class DecodeAgent(Agent):
             return
         self.unwatch_process(address)
         self.poller.unregister(peer.socket)
-        peer.socket.close()
-        if peer.receiver is not None:
-            peer.receiver.close()
+        peer.close()
         for transfer_id in peer.transfers:
             if incoming := self._open.get(transfer_id):
                 self._fail(incoming, reason)
 
     def close(self) -> None:
         for peer in self._peers.values():
-            peer.socket.close()
-            if peer.receiver is not None:
-                peer.receiver.close()
+            peer.close()

@@ -11,7 +11,8 @@ import zmq
 
 from twolane.connector.agent import Agent, logger
 from twolane.connector.host import host_identity, open_pidfd
-from twolane.connector.plan import Advance, Finish, Offer, StepPlan
+from twolane.connector.offers import Offers
+from twolane.connector.plan import Advance, Finish, StepPlan
 from twolane.connector.register import Registrar
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.transfer import Outgoing
@@ -43,17 +44,8 @@ class DecodePeer:
     last_word_s: float
 
 
-@dataclass(frozen=True)
-class Early:
-    """An Announce that came before the request itself was seen on P."""
-
-    announce: Announce
-    peer: bytes
-    until_s: float
-
-
 class PrefillAgent(Agent):
-    """State, guarded by `lock`: transfers by request and by id, early announces, ended ids, peers."""
+    """State, guarded by `lock`: the offers, the peers, the transport's slots, messages to send."""
 
     def __init__(
         self,
@@ -72,15 +64,10 @@ class PrefillAgent(Agent):
         self._settings = settings
         self._format = kv_format
         self._sender = sender
-        self._items_per_block = items_per_block
         self._identity = (epoch, pid, host_identity())
-        self._by_req: dict[str, Outgoing] = {}
-        self._by_id: dict[str, Outgoing] = {}
-        self._early: dict[str, Early] = {}
-        self._gone: dict[str, tuple[str, float]] = {}  # transfer_id -> (why, remembered until)
+        self._offers = Offers(kv_format.block_size, items_per_block, settings.lease_s)
         self._peers: dict[bytes, DecodePeer] = {}
         self._outbox: list[tuple[bytes, ToDecode]] = []
-        self._finished_seen: set[str] = set()
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -94,10 +81,12 @@ class PrefillAgent(Agent):
         now_s = time.monotonic()
         with self.lock:
             for offer in plan.offer:
-                self._offer(offer)
+                outgoing, early = self._offers.add(offer)
+                if early is not None and outgoing.ended is None:
+                    self._accept(outgoing, early.announce, early.peer)
             for req_id in plan.preempted:
-                if req_id in self._by_req:
-                    self._by_req[req_id].retract()
+                if preempted := self._offers.of_request(req_id):
+                    preempted.retract()
             for finish in plan.finish:
                 self._finish(finish, now_s)
         if plan.offer or plan.finish:
@@ -108,7 +97,7 @@ class PrefillAgent(Agent):
         with self.lock:
             self._sender.fence()
             for advance in advances:
-                if outgoing := self._by_req.get(advance.req_id):
+                if outgoing := self._offers.of_request(advance.req_id):
                     outgoing.advance(
                         advance.block_ids, replace=advance.replace, num_valid_tokens=advance.num_valid_tokens
                     )
@@ -118,35 +107,24 @@ class PrefillAgent(Agent):
     def take_finished(self, finished_req_ids: set[str]) -> set[str]:
         """Requests whose blocks nobody reads any more; each once, and only after vLLM named it as finished."""
         with self.lock:
-            self._finished_seen |= finished_req_ids & self._by_req.keys()
-            over = {req_id for req_id in self._finished_seen if self._by_req[req_id].ended is not None}
-            for req_id in over:
-                self._forget(req_id)
-        self._finished_seen -= over
-        return over
+            return self._offers.take_finished(finished_req_ids, time.monotonic())
+
+    @property
+    def is_idle(self) -> bool:
+        """No transfer is open."""
+        with self.lock:
+            return self._offers.is_empty
 
     # -- under the lock
 
-    def _offer(self, offer: Offer) -> None:
-        outgoing = Outgoing(
-            offer.req_id, offer.transfer_id, offer.digest, self._format.block_size, self._items_per_block
-        )
-        self._by_req[offer.req_id] = outgoing
-        if offer.transfer_id in self._by_id:
-            outgoing.end("transfer_id used twice")
-            return
-        self._by_id[offer.transfer_id] = outgoing
-        if gone := self._gone.pop(offer.transfer_id, None):
-            outgoing.end(gone[0])
-        elif early := self._early.pop(offer.transfer_id, None):
-            self._accept(outgoing, early.announce, early.peer)
-
     def _finish(self, finish: Finish, now_s: float) -> None:
-        if outgoing := self._by_req.get(finish.req_id):
-            if finish.ok:
-                outgoing.computed(now_s)
-            else:
-                self._give_up(outgoing, "the prefill request ended early")
+        outgoing = self._offers.of_request(finish.req_id)
+        if outgoing is None:
+            return
+        if finish.ok:
+            outgoing.computed(now_s)
+        else:
+            self._give_up(outgoing, "the prefill request ended early")
 
     def _accept(self, outgoing: Outgoing, announce: Announce, peer: bytes) -> None:
         try:
@@ -164,15 +142,6 @@ class PrefillAgent(Agent):
         logger.warning("transfer given up transfer_id=%s reason=%r", outgoing.transfer_id, reason)
         if outgoing.peer is not None and outgoing.peer in self._peers:
             self._outbox.append((outgoing.peer, Abort(outgoing.transfer_id, reason)))
-
-    def _forget(self, req_id: str) -> None:
-        outgoing = self._by_req.pop(req_id)
-        if self._by_id.get(outgoing.transfer_id) is outgoing:
-            del self._by_id[outgoing.transfer_id]
-            self._remember_gone(outgoing.transfer_id, outgoing.ended or "already sent")
-
-    def _remember_gone(self, transfer_id: str, reason: str) -> None:
-        self._gone[transfer_id] = (reason, time.monotonic() + self._settings.lease_s)
 
     # -- agent thread
 
@@ -215,7 +184,7 @@ class PrefillAgent(Agent):
                 self._outbox.append((peer, Pong()))
 
     def _on_hello(self, peer: bytes, hello: Hello) -> None:
-        if difference := describe_difference(self._format, hello.format):
+        if difference := hello.format.difference_from(self._format):
             logger.error("decode instance refused: %s", difference)
             self._outbox.append((peer, Refused(difference)))
             return
@@ -229,23 +198,18 @@ class PrefillAgent(Agent):
         self._outbox.append((peer, Welcome(*self._identity, transport=self._sender.describe())))
 
     def _on_announce(self, peer: bytes, announce: Announce) -> None:
-        if outgoing := self._by_id.get(announce.transfer_id):
-            if outgoing.ended is None:
-                self._accept(outgoing, announce, peer)
-            else:
-                self._outbox.append((peer, Abort(announce.transfer_id, outgoing.ended or "already sent")))
-        elif gone := self._gone.get(announce.transfer_id):
-            self._outbox.append((peer, Abort(announce.transfer_id, gone[0])))
+        outgoing = self._offers.of_transfer(announce.transfer_id)
+        if outgoing is not None and outgoing.ended is None:
+            self._accept(outgoing, announce, peer)
+            return
+        why = outgoing.ended if outgoing is not None else self._offers.why_gone(announce.transfer_id)
+        if why is None:
+            self._offers.announce_early(announce, peer, time.monotonic())
         else:
-            until_s = time.monotonic() + self._settings.lease_s
-            self._early[announce.transfer_id] = Early(announce, peer, until_s)
+            self._outbox.append((peer, Abort(announce.transfer_id, why or "already sent")))
 
     def _on_cancel(self, transfer_id: str, reason: str) -> None:
-        self._early.pop(transfer_id, None)
-        if outgoing := self._by_id.get(transfer_id):
-            outgoing.end(f"cancelled by the decode instance: {reason}")
-        else:
-            self._remember_gone(transfer_id, f"cancelled by the decode instance: {reason}")
+        self._offers.cancel(transfer_id, f"cancelled by the decode instance: {reason}", time.monotonic())
 
     def on_peer_death(self, peer: bytes | str) -> None:
         assert isinstance(peer, bytes)
@@ -258,15 +222,13 @@ class PrefillAgent(Agent):
             return
         self.unwatch_process(peer)
         self._sender.release_peer(peer)
-        self._early = {key: early for key, early in self._early.items() if early.peer != peer}
-        for outgoing in self._by_id.values():
-            if outgoing.peer == peer and outgoing.ended is None:
-                self._give_up(outgoing, reason)
+        for outgoing in self._offers.forget_peer(peer):
+            self._give_up(outgoing, reason)
 
     def on_tick(self, now_s: float) -> None:
         with self.lock:
             self._expire(now_s)
-            ready = [outgoing for outgoing in self._by_id.values() if outgoing.next_push(1)]
+            ready = [outgoing for outgoing in self._offers.all() if outgoing.next_push(1)]
         # One slot a transfer and turn, so that a long prompt doesn't hold up a short one.
         while ready:
             ready = [outgoing for outgoing in ready if self._push_one(outgoing)]
@@ -292,14 +254,9 @@ class PrefillAgent(Agent):
         return True
 
     def _expire(self, now_s: float) -> None:
-        for transfer_id, early in list(self._early.items()):
-            if now_s > early.until_s:
-                del self._early[transfer_id]
-                self._outbox.append((early.peer, Abort(transfer_id, "the prefill request never arrived")))
-        for transfer_id, (_, until_s) in list(self._gone.items()):
-            if now_s > until_s:
-                del self._gone[transfer_id]
-        for outgoing in self._by_id.values():
+        for early in self._offers.expire(now_s):
+            self._outbox.append((early.peer, Abort(early.announce.transfer_id, "the prefill request never arrived")))
+        for outgoing in self._offers.all():
             peer = self._peers.get(outgoing.peer) if outgoing.peer else None
             if outgoing.lease_over(now_s, peer.last_word_s if peer else 0.0, self._settings.lease_s):
                 self.counters.kv_leases_expired += 1
@@ -316,12 +273,3 @@ class PrefillAgent(Agent):
     def close(self) -> None:
         self._socket.close()
         self._sender.close()
-
-
-def describe_difference(mine: KVFormat, theirs: KVFormat) -> str:
-    """What differs between P's format and D's, in words; empty if nothing does."""
-    differing = [name for name in KVFormat.__struct_fields__ if getattr(mine, name) != getattr(theirs, name)]
-    parts = [f"{name}: prefill {getattr(mine, name)!r}, decode {getattr(theirs, name)!r}" for name in differing]
-    return (
-        f"the KV caches don't match ({'; '.join(parts)}). Start both with the same model and settings." if parts else ""
-    )
