@@ -1,0 +1,120 @@
+"""Asks, and notes when each token came. One connection a request; the client's own cost is small beside an engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+import httptools
+import msgspec
+
+from twolane.bench.workload import Ask
+from twolane.protocol import split_address
+
+
+@dataclass
+class Sample:
+    """One request as the client saw it, in seconds of the monotonic clock. `error`: empty if all tokens came."""
+
+    sent_s: float
+    token_s: list[float] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_s[0] - self.sent_s
+
+    @property
+    def gaps_s(self) -> list[float]:
+        return [after - before for before, after in zip(self.token_s, self.token_s[1:], strict=False)]
+
+
+class _Stream:
+    """httptools' callbacks: collects the body and notes when each SSE event with a token came."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.complete = False
+        self.body = b""
+        self._sample = sample
+        self._tail = b""
+
+    def on_body(self, data: bytes) -> None:
+        now_s = time.monotonic()
+        self.body += data
+        *events, self._tail = (self._tail + data).split(b"\n\n")
+        self._sample.token_s += [now_s for event in events if event.startswith(b"data: {")]
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+
+def request_bytes(address: str, model: str, ask: Ask) -> bytes:
+    body = msgspec.json.encode(
+        {
+            "model": model,
+            "prompt": ask.prompt,
+            "max_tokens": ask.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+    )
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def ask_once(address: str, model: str, ask: Ask, timeout_s: float) -> Sample:
+    """Never raises for what the other side does: it is noted in the sample."""
+    sample = Sample(time.monotonic())
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _exchange(address, request_bytes(address, model, ask), sample)
+    except (OSError, TimeoutError, httptools.HttpParserError) as error:
+        sample.error = f"{type(error).__name__}: {error}"
+    if not sample.error and len(sample.token_s) != ask.max_tokens:
+        sample.error = f"{len(sample.token_s)} of {ask.max_tokens} tokens came"
+    return sample
+
+
+async def _exchange(address: str, request: bytes, sample: Sample) -> None:
+    host, port = split_address(address)
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(request)
+        stream = _Stream(sample)
+        parser = httptools.HttpResponseParser(stream)
+        while not stream.complete:
+            data = await reader.read(65536)
+            if not data:
+                sample.error = "the connection was closed"
+                return
+            parser.feed_data(data)
+        if parser.get_status_code() != 200:
+            sample.error = f"{parser.get_status_code()}: {stream.body[:200]!r}"
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def run_in_turn(address: str, model: str, asks: list[Ask], timeout_s: float) -> list[Sample]:
+    """One request at a time."""
+    return [await ask_once(address, model, ask, timeout_s) for ask in asks]
+
+
+async def run_at_times(address: str, model: str, asks: list[Ask], timeout_s: float) -> list[Sample]:
+    """Each request at its time, whether the earlier ones have ended or not."""
+    started_s = time.monotonic()
+
+    async def wait_and_ask(ask: Ask) -> Sample:
+        await asyncio.sleep(max(0.0, started_s + ask.at_s - time.monotonic()))
+        return await ask_once(address, model, ask, timeout_s)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(wait_and_ask(ask)) for ask in asks]
+    return [task.result() for task in tasks]
