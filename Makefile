@@ -1,0 +1,40 @@
+# Everything starts from python3 and pip; `make up` installs the rest into .venv.
+PYTHON ?= python3
+BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
+export MODEL
+
+.DEFAULT_GOAL := help
+.PHONY: help up down status install lint test lock clean
+
+help:  ## Show this
+	@echo "TwoLane: make WORD, where WORD is one of"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile
+	@echo "Settings by environment, as in: make up MODEL=/models/qwen3-4b HTTP_PORT=8080"
+
+up:  ## Install what is missing, start all services, send a first request through both lanes
+	@$(BOOTSTRAP) up
+
+down:  ## Stop all services
+	@$(BOOTSTRAP) down
+
+status:  ## Show what runs
+	@$(BOOTSTRAP) status
+
+install:  ## Install only, with the development tools
+	@$(BOOTSTRAP) install --dev
+
+lint: install  ## ruff and mypy
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test: lint  ## lint, then all tests (they start real engines: about 10 minutes on 2 cores)
+	.venv/bin/python -m pytest
+
+lock:  ## Resolve requirements/*.in into the lock files again
+	$(PYTHON) scripts/lock.py
+
+clean:  ## Stop all services, remove .venv, logs and caches in this folder
+	@$(BOOTSTRAP) down
+	rm -rf .venv .twolane logs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

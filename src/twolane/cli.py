@@ -1,0 +1,143 @@
+"""Commands, logging set-up, exit codes. Every other part raises TwoLaneError; here it becomes one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from twolane.config import DISCOVERY_PORT, HTTP_PORT, ProxySettings, Settings
+from twolane.errors import ConfigError, TwoLaneError
+from twolane.launch import commands
+from twolane.launch.control import Files
+from twolane.launch.plan import load_plan
+from twolane.launch.supervisor import Supervisor
+
+EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
+EPILOG = "Exit codes: 0 ok, 1 failed, 2 wrong setting or machine, 130 interrupted."
+
+app = typer.Typer(
+    help="Serves an LLM in two lanes: prefill and decode instances of vLLM behind a proxy, the KV cache crossing over.",
+    epilog=EPILOG,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def without_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog=EPILOG)
+def up() -> None:
+    """Start proxy, prefill and decode instances in the background, and send a first request through both lanes.
+
+    Settings come from the environment: MODEL, HTTP_PORT, NUM_PREFILL, NUM_DECODE, VLLM_ARGS and more (see README).
+
+    Example: MODEL=/models/qwen3-4b twolane up
+    """
+    commands.up(Settings.from_env(os.environ), console())
+
+
+@app.command(epilog=EPILOG)
+def down() -> None:
+    """Stop everything that `twolane up` started in this folder, and wait until it is gone.
+
+    Example: twolane down
+    """
+    commands.down(Settings.from_env(os.environ), console())
+
+
+@app.command(epilog=EPILOG)
+def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Show what runs in this folder. Exit code 1 if nothing does.
+
+    Example: twolane status --json
+    """
+    report = commands.status(Settings.from_env(os.environ))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        commands.print_status(report, console())
+    raise typer.Exit(EXIT_OK if report["running"] else EXIT_FAILED)
+
+
+@app.command(epilog=EPILOG)
+def proxy(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="Port of the OpenAI server.")] = HTTP_PORT,
+    discovery_port: Annotated[int, typer.Option(help="Port at which instances register.")] = DISCOVERY_PORT,
+) -> None:
+    """Run the proxy in the foreground.
+
+    Example: twolane proxy --http-port 8080
+    """
+    from twolane.proxy.service import run  # noqa: PLC0415 - the other commands start faster without it
+
+    log_to_stderr()
+    run(ProxySettings(host=host, http_port=http_port, discovery_port=discovery_port))
+
+
+@app.command(hidden=True)
+def supervise(state_dir: Annotated[Path, typer.Option()] = Path(".twolane")) -> None:
+    """What `up` leaves in the background. Reads plan.json, keeps state.json.
+
+    Example: twolane supervise --state-dir .twolane
+    """
+    log_to_stderr()
+    files = Files(Settings(state_dir=state_dir))
+    raise typer.Exit(asyncio.run(_supervise(files)))
+
+
+async def _supervise(files: Files) -> int:
+    return await Supervisor(load_plan(files.plan), files.state).run()
+
+
+def console() -> Console:
+    """Standard output; lines are not wrapped, so that they can be copied and searched."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def log_to_stderr() -> None:
+    """The one place where logging is configured."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+
+
+def main() -> None:
+    """Entry point. Never returns: exits with one of the documented codes."""
+    try:
+        code = app(standalone_mode=False)
+    except ConfigError as error:
+        _fail(str(error), EXIT_WRONG)
+    except TwoLaneError as error:
+        _fail(str(error), EXIT_FAILED)
+    except OSError as error:  # a folder that can't be written, a full disk: the message names the file
+        _fail(str(error), EXIT_FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} (`twolane --help` tells more)", EXIT_WRONG)  # typer's usage errors
+    if code == EXIT_INTERRUPTED:  # typer's answer to Ctrl+C
+        _fail("interrupted", EXIT_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else EXIT_OK)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"twolane: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What the commands do: start the supervisor and watch it (`up`), end what runs (`down`), tell what runs (`status`)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from twolane.config import Settings
+from twolane.errors import StartError
+from twolane.launch.plan import Plan, save_plan
+from twolane.launch.process import GONE, identify, last_lines, rotate, stop_group, wait_all
+from twolane.launch.state import ServiceState, State, read_state
+from twolane.launch.supervisor import INSTANCE_STOP_S, PROXY_STOP_S, RUN_DIR_PREFIX
+
+POLL_S = 0.1
+SUPERVISOR_START_S = 20.0
+SUPERVISOR_STOP_S = PROXY_STOP_S + INSTANCE_STOP_S + 20.0
+LEFTOVER_STOP_S = 5.0
+
+
+class Files:
+    """Where a run keeps its own files, below the state folder."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.folder = settings.state_dir
+        self.state = self.folder / "state.json"
+        self.plan = self.folder / "plan.json"
+        self.lock = self.folder / "lock"
+        self.supervisor_log = settings.log_dir / "supervisor.log"
+
+
+@contextmanager
+def exclusive(files: Files) -> Iterator[None]:
+    """Only one `up` or `down` in a folder at a time. StartError if another one is at work."""
+    files.folder.mkdir(parents=True, exist_ok=True)
+    with files.lock.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError(
+                "another `twolane up` or `down` is at work in this folder: wait until it is done"
+            ) from None
+        yield
+
+
+def running(files: Files) -> State | None:
+    """The state of what runs now; None if there is no living supervisor."""
+    state = read_state(files.state)
+    return state if state and state.supervisor.alive() else None
+
+
+def start_supervisor(plan: Plan, files: Files) -> None:
+    """Starts `twolane supervise` in the background. It reads the plan file and writes the state file."""
+    files.state.unlink(missing_ok=True)
+    save_plan(plan, files.plan)
+    files.supervisor_log.parent.mkdir(parents=True, exist_ok=True)
+    rotate(files.supervisor_log)
+    pid = _spawn_detached(files)
+    deadline_s = time.monotonic() + SUPERVISOR_START_S
+    while running(files) is None:
+        if identify(pid) is None or time.monotonic() > deadline_s:
+            tail = "\n".join(last_lines(files.supervisor_log, 20))
+            raise StartError(f"the supervisor did not start; its log is {files.supervisor_log}:\n{tail}")
+        time.sleep(POLL_S)
+
+
+def _spawn_detached(files: Files) -> int:
+    """In a session of its own, with nothing of this process's terminal. It outlives this process."""
+    argv = [sys.executable, "-m", "twolane.cli", "supervise", "--state-dir", str(files.folder)]
+    log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    streams = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(files.supervisor_log), log_flags, 0o644),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    return os.posix_spawn(sys.executable, argv, os.environ, file_actions=streams, setsid=True)
+
+
+def await_start(files: Files, show: Callable[[list[ServiceState]], None]) -> State:
+    """Until all services are ready. StartError with the reason and the failed service's last lines if they won't be."""
+    while True:
+        state = read_state(files.state)
+        if state is None or (not state.supervisor.alive() and state.overall != "failed"):
+            tail = "\n".join(last_lines(files.supervisor_log, 20))
+            raise StartError(f"the supervisor ended while it was starting; its log is {files.supervisor_log}:\n{tail}")
+        show(state.services)
+        if state.overall == "failed":
+            raise StartError("\n".join([state.error, *("    " + line for line in state.error_log)]))
+        if state.overall == "up":
+            return state
+        if state.overall in {"stopping", "stopped"}:
+            raise StartError("stopped while it was starting, by `twolane down`")
+        time.sleep(POLL_S)
+
+
+def stop_all(files: Files) -> list[str]:
+    """Ends everything that runs here or was left over; says what it did, a line each. Nothing to do: an empty list."""
+    state = read_state(files.state)
+    if state is None:
+        return []
+    report = []
+    if state.supervisor.alive():
+        os.kill(state.supervisor.pid, signal.SIGTERM)
+        if not wait_all([state.supervisor], SUPERVISOR_STOP_S):
+            os.kill(state.supervisor.pid, signal.SIGKILL)
+            wait_all([state.supervisor], LEFTOVER_STOP_S)
+            report.append("supervisor: killed, it did not end in time")
+        if (state := read_state(files.state)) is None:
+            return report  # another `down` was faster
+    if state.overall in {"stopped", "failed"}:
+        report += [f"{service.name}: {service.phase}" for service in state.services if service.pid]
+    report += _stop_leftovers(state)
+    _remove_run_dir(state)
+    files.state.unlink(missing_ok=True)
+    return report
+
+
+def _stop_leftovers(state: State) -> list[str]:
+    """Ends what a supervisor that was killed left behind, checked by pid and start time."""
+    report = []
+    for service in sorted(state.services, key=lambda service: service.role != "proxy"):
+        if not service.members:
+            continue
+        how = stop_group(service.pgid, service.members, LEFTOVER_STOP_S)
+        report.append(f"{service.name}: {'ended with its supervisor' if how == GONE else how}")
+    return report
+
+
+def _remove_run_dir(state: State) -> None:
+    run_dir = Path(state.run_dir)
+    if run_dir.name.startswith(RUN_DIR_PREFIX) and run_dir.parent == Path(tempfile.gettempdir()):
+        shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""The first real request through both lanes, and the proof that the KV cache crossed."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import time
+from typing import Any
+
+import msgspec
+
+from twolane.errors import StartError
+from twolane.launch import probes
+from twolane.launch.plan import Plan
+
+PROMPT = "The capital of France is"
+MAX_TOKENS = 20
+ANSWER_TIMEOUT_S = 300.0
+# vLLM's counter of prompt tokens by where they came from: vllm/v1/metrics/loggers.py
+SOURCE_METRIC = re.compile(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)".*\} ([0-9.e+]+)$', re.MULTILINE)
+
+
+class FirstLight(msgspec.Struct, frozen=True):
+    """What came of it. `stages_ms`: what the proxy measured, empty where it says nothing."""
+
+    answer: str
+    prompt_tokens: int
+    total_ms: float
+    moved_tokens: int  # of the prompt, whose KV D got from P
+    computed_tokens: int  # of the prompt, that D computed itself
+    stages_ms: dict[str, float]
+
+
+def first_light(plan: Plan) -> FirstLight:
+    """StartError if no answer comes, or if it came without a handoff."""
+    before = decode_sources(plan)
+    began_s = time.monotonic()
+    answer = _complete(plan)
+    total_ms = (time.monotonic() - began_s) * 1000
+    after = decode_sources(plan)
+    light = FirstLight(
+        answer=answer["choices"][0]["text"],
+        prompt_tokens=answer["usage"]["prompt_tokens"],
+        total_ms=total_ms,
+        moved_tokens=after.get("external_kv_transfer", 0) - before.get("external_kv_transfer", 0),
+        computed_tokens=after.get("local_compute", 0) - before.get("local_compute", 0),
+        stages_ms=_stages(plan),
+    )
+    if light.moved_tokens < 1:
+        raise StartError(
+            f"the answer came ({light.answer!r}), but no KV moved from P to D, which computed the prompt itself; "
+            "the reason is in " + " and ".join(spec.log for spec in plan.instances())
+        )
+    return light
+
+
+def _complete(plan: Plan) -> Any:
+    body = {"model": plan.model.names[0], "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0}
+    try:
+        status, answer = probes.request(plan.proxy_address, "POST", "/v1/completions", body, ANSWER_TIMEOUT_S)
+    except (OSError, http.client.HTTPException) as error:
+        raise StartError(f"the first request through the proxy got no answer: {error!r}; see logs") from error
+    if status != 200:
+        raise StartError(f"the first request through the proxy failed with status {status}: {answer[:500]!r}")
+    return json.loads(answer)
+
+
+def decode_sources(plan: Plan) -> dict[str, int]:
+    """Prompt tokens by source, all decode instances together."""
+    total: dict[str, int] = {}
+    for spec in plan.services:
+        if spec.role != "decode":
+            continue
+        status, text = probes.request(spec.address, "GET", "/metrics")
+        for source, value in prompt_sources(text.decode() if status == 200 else "").items():
+            total[source] = total.get(source, 0) + value
+    return total
+
+
+def prompt_sources(metrics: str) -> dict[str, int]:
+    """Pure: the counters in a /metrics page."""
+    totals: dict[str, int] = {}
+    for source, value in SOURCE_METRIC.findall(metrics):
+        totals[source] = totals.get(source, 0) + int(float(value))
+    return totals
+
+
+def _stages(plan: Plan) -> dict[str, float]:
+    """The last request's times, from the proxy."""
+    stats = probes.get_json(plan.proxy_address, "/stats")
+    recent = stats.get("recent") if isinstance(stats, dict) else None
+    entry = recent[-1] if isinstance(recent, list) and recent else {}
+    names = ("prefill_done_ms", "first_byte_ms", "total_ms")
+    return {name: float(entry[name]) for name in names if isinstance(entry.get(name), int | float)}
+
+
+def curl_line(plan: Plan) -> str:
+    """A request to copy."""
+    body = {"model": plan.model.names[0], "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0}
+    url = f"{plan.proxy_url}/v1/completions"
+    return f"curl {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

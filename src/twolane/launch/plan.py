@@ -1,0 +1,242 @@
+"""Pure: settings and what the machine has -> the services to run, with argv, environment and ports.
+
+Ports count on by 10 from an instance to the next of its role: P is on 20003, 20013, ..., D on 20005, 20015, ...; KV
+ports likewise (21001, 21011, ... and 22001, 22011, ...), of which an instance takes one a rank and may take eight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from twolane.config import Settings
+from twolane.errors import ConfigError
+
+Role = Literal["proxy", "prefill", "decode"]
+Engine = Literal["cpu", "cuda"]
+
+PORT_STEP = 10
+RANKS_PER_INSTANCE = 8
+CPU_MAX_MODEL_LEN = 8192
+CPU_KV_SPACE_GIB = 1
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What the plan needs to know of this machine."""
+
+    engine: Engine
+    python: str  # the interpreter that has TwoLane and the engine
+    num_cpus: int
+    gpus: tuple[int, ...] = ()
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """A model as instances load it. `names`: what a request may call it, the preferred one first."""
+
+    source: str  # a folder, or a hub's name for it
+    names: tuple[str, ...]
+    max_len: int | None = None  # the model's own limit, None if it doesn't say
+    local: bool = True
+
+
+class ServiceSpec(msgspec.Struct, frozen=True):
+    """One child of the supervisor. `env` comes on top of the supervisor's own environment."""
+
+    name: str
+    role: Role
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    host: str
+    http_port: int
+    log: str
+    kv_port: int | None = None
+    gpu: int | None = None
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.http_port}"
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """All that the supervisor needs: it reads this from a file and asks nobody."""
+
+    services: tuple[ServiceSpec, ...]
+    model: ServedModel
+    proxy_address: str
+    discovery_port: int
+    start_timeout_s: float
+
+    @property
+    def proxy_url(self) -> str:
+        return f"http://{self.proxy_address}"
+
+    def instances(self) -> list[ServiceSpec]:
+        return [spec for spec in self.services if spec.role != "proxy"]
+
+
+def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
+    """ConfigError if two services would need the same port, or if there are fewer GPUs than instances."""
+    prefill_gpus, decode_gpus = assign_gpus(settings, machine)
+    given = (settings, machine, model)
+    services = [
+        _proxy(settings, machine),
+        *(_instance(*given, role="prefill", index=i, gpu=gpu) for i, gpu in enumerate(prefill_gpus)),
+        *(_instance(*given, role="decode", index=i, gpu=gpu) for i, gpu in enumerate(decode_gpus)),
+    ]
+    plan = Plan(
+        services=tuple(services),
+        model=model,
+        proxy_address=f"{reachable(settings.host)}:{settings.http_port}",
+        discovery_port=settings.discovery_port,
+        start_timeout_s=settings.start_timeout_s,
+    )
+    _check_collisions(plan)
+    return plan
+
+
+def assign_gpus(settings: Settings, machine: Machine) -> tuple[list[int | None], list[int | None]]:
+    """Which GPU each P and each D gets (None without GPUs): what the settings name, then what is left, in order."""
+    if machine.engine == "cpu":
+        if settings.prefill_gpus or settings.decode_gpus:
+            raise ConfigError("PREFILL_GPUS and DECODE_GPUS need the GPU engine, but the CPU engine is installed")
+        return [None] * settings.num_prefill, [None] * settings.num_decode
+    named = {*settings.prefill_gpus, *settings.decode_gpus}
+    if missing := sorted(named - set(machine.gpus)):
+        raise ConfigError(f"GPU {missing[0]} is not there: this machine has {list(machine.gpus)}")
+    free = [gpu for gpu in machine.gpus if gpu not in named]
+    wanted = sum(
+        0 if gpus else count
+        for gpus, count in ((settings.prefill_gpus, settings.num_prefill), (settings.decode_gpus, settings.num_decode))
+    )
+    if wanted > len(free):
+        raise ConfigError(
+            f"{wanted} instances need a GPU each, but {len(free)} are free: lower NUM_PREFILL or NUM_DECODE, "
+            "or let instances share one with PREFILL_GPUS and DECODE_GPUS"
+        )
+    prefill: list[int | None] = list(settings.prefill_gpus or free[: settings.num_prefill])
+    rest = free if settings.prefill_gpus else free[settings.num_prefill :]
+    return prefill, list(settings.decode_gpus or rest[: settings.num_decode])
+
+
+def reachable(host: str) -> str:
+    """The address to reach a server at that is bound to `host`."""
+    return "127.0.0.1" if host in {"0.0.0.0", "::", "localhost"} else host  # noqa: S104 - compared, not bound
+
+
+def _proxy(settings: Settings, machine: Machine) -> ServiceSpec:
+    argv = [machine.python, "-m", "twolane.cli", "proxy", "--host", settings.host]
+    argv += ["--http-port", str(settings.http_port), "--discovery-port", str(settings.discovery_port)]
+    return ServiceSpec(
+        name="proxy",
+        role="proxy",
+        argv=tuple(argv),
+        env={"PYTHONUNBUFFERED": "1"},
+        host=reachable(settings.host),
+        http_port=settings.http_port,
+        log=str(settings.log_dir / "proxy.log"),
+    )
+
+
+def _instance(
+    settings: Settings,
+    machine: Machine,
+    model: ServedModel,
+    *,
+    role: Literal["prefill", "decode"],
+    index: int,
+    gpu: int | None,
+) -> ServiceSpec:
+    prefill = role == "prefill"
+    count = settings.num_prefill if prefill else settings.num_decode
+    http_port = (settings.prefill_port if prefill else settings.decode_port) + PORT_STEP * index
+    kv_port = (settings.prefill_kv_port if prefill else settings.decode_kv_port) + PORT_STEP * index
+    name = role if count == 1 else f"{role}-{index + 1}"
+    argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
+    argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
+    argv += ["--kv-transfer-config", json.dumps(_kv_config(settings, role, http_port, kv_port))]
+    argv += _engine_args(settings, machine, model)
+    argv += [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
+    return ServiceSpec(
+        name=name,
+        role=role,
+        argv=tuple(argv),
+        env=_engine_env(settings, machine, model, gpu),
+        host="127.0.0.1",
+        http_port=http_port,
+        kv_port=kv_port,
+        gpu=gpu,
+        log=str(settings.log_dir / f"{name}.log"),
+    )
+
+
+def _kv_config(settings: Settings, role: str, http_port: int, kv_port: int) -> dict[str, object]:
+    return {
+        "kv_connector": "TwoLaneConnector",
+        "kv_connector_module_path": "twolane.connector",
+        "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
+        "kv_port": kv_port,
+        "kv_load_failure_policy": "recompute",  # vLLM's default fails the request
+        "kv_connector_extra_config": {
+            "host": "127.0.0.1",
+            "http_address": f"127.0.0.1:{http_port}",
+            "discovery_address": f"{reachable(settings.host)}:{settings.discovery_port}",
+        },
+    }
+
+
+def _engine_args(settings: Settings, machine: Machine, model: ServedModel) -> list[str]:
+    max_len = settings.max_model_len
+    if machine.engine == "cuda":
+        return ["--max-model-len", str(max_len)] if max_len else []
+    max_len = max_len or min(CPU_MAX_MODEL_LEN, model.max_len or CPU_MAX_MODEL_LEN)
+    # A CPU gains little from compiling a small model, and it takes minutes and a compiler. `uni`: see _engine_env.
+    args = ["--enforce-eager", "--dtype", "float32", "--max-model-len", str(max_len)]
+    return [*args, "--distributed-executor-backend", "uni"]
+
+
+def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpu: int | None) -> dict[str, str]:
+    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    if model.local:
+        env["HF_HUB_OFFLINE"] = "1"
+    if gpu is not None:
+        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if machine.engine == "cpu":
+        instances = settings.num_prefill + settings.num_decode
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_SPACE_GIB)
+        # The model in the engine's own process: as two processes, which is vLLM's default here, each busy-waits for the
+        # other, also while a D only waits for KV, and that takes the core that P computes on (docs/LOG.md).
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # vLLM would bind every instance to the same cores, as if it were alone: give each its part, unbound.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        env["OMP_NUM_THREADS"] = str(max(1, machine.num_cpus // instances))
+        # Parts of the sampler are compiled in spite of --enforce-eager, at the first request that needs them (logprobs
+        # do): that stops the engine for seconds, and kills it where there is no C++ compiler.
+        env["TORCHDYNAMO_DISABLE"] = "1"
+    return env
+
+
+def _check_collisions(plan: Plan) -> None:
+    taken = [("DISCOVERY_PORT", plan.discovery_port, 1)]
+    for spec in plan.services:
+        taken.append((f"{spec.name}'s HTTP port", spec.http_port, 1))
+        if spec.kv_port is not None:
+            taken.append((f"{spec.name}'s KV port", spec.kv_port, RANKS_PER_INSTANCE))
+    for (a, a_port, a_len), (b, b_port, b_len) in itertools.combinations(taken, 2):
+        if a_port < b_port + b_len and b_port < a_port + a_len:
+            raise ConfigError(
+                f"{a} {a_port} and {b} {b_port} are too close (a KV port takes {RANKS_PER_INSTANCE}): move one"
+            )
+    if highest := [label for label, port, length in taken if port + length > 65536]:
+        raise ConfigError(f"{highest[0]} would lie above 65535: start lower")
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+
+
+def load_plan(path: Path) -> Plan:
+    return msgspec.json.decode(path.read_bytes(), type=Plan)

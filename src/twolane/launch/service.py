@@ -1,0 +1,108 @@
+"""One service as the supervisor sees it: its child, its entry in the state file, and how far it has come."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from twolane.errors import StartError
+from twolane.launch.phases import IMPORTING, READY, next_phase
+from twolane.launch.plan import ServiceSpec
+from twolane.launch.process import Child, last_lines
+from twolane.launch.state import ServiceState
+
+TAIL_LINES = 20
+BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+STEADY_AFTER_S = 60.0  # ready for this long, and the next restart begins with the shortest wait again
+
+
+class ServiceError(StartError):
+    """A child ended while it was starting, or did not get ready in time. `log` holds its last lines."""
+
+    def __init__(self, message: str, log: list[str]) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class Service:
+    """Mutates its `state` (which the supervisor writes to the file) and its child. Everything here is synchronous."""
+
+    def __init__(self, spec: ServiceSpec) -> None:
+        self.spec = spec
+        self.child: Child | None = None
+        self.changed = True  # the state file does not show the last change yet
+        self.state = ServiceState(
+            name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpu=spec.gpu
+        )
+        self._log_offset = 0
+        self._ready_at_s = 0.0
+        self._failures = 0  # since it was last steady
+
+    def start(self, temp_dir: Path) -> None:
+        """Starts the child; its sockets and temporary files go into `temp_dir`."""
+        temp_dir.mkdir(parents=True, exist_ok=True)
+        self._log_offset = 0
+        try:
+            self.child = Child(self.spec, {"TMPDIR": str(temp_dir), "VLLM_RPC_BASE_PATH": str(temp_dir)})
+        except OSError as error:
+            raise StartError(f"{self.spec.name} can't be started: {error}") from error
+        self.state.pid = self.state.pgid = self.child.pgid
+        self.state.members = sorted(self.child.recorded, key=lambda member: member.pid)
+        self.enter(IMPORTING if self.spec.role != "proxy" else "starting")
+
+    def enter(self, phase: str) -> None:
+        if phase != self.state.phase:
+            self.state.phase, self.state.since, self.changed = phase, time.time(), True
+            if phase == READY:
+                self._ready_at_s = time.monotonic()
+            self.look()
+
+    def look(self) -> None:
+        """Notes the processes of its group."""
+        if self.child and (members := list(self.child.look())) and members != self.state.members:
+            self.state.members, self.changed = members, True
+
+    def read_log(self) -> None:
+        """Follows what the child has written since the last call."""
+        try:
+            with Path(self.spec.log).open("rb") as file:
+                file.seek(self._log_offset)
+                fresh = file.read()
+        except OSError:
+            return
+        whole, sep, _ = fresh.rpartition(b"\n")
+        self._log_offset += len(whole) + len(sep)
+        if self.spec.role != "proxy":
+            self.enter(next_phase(self.state.phase, whole.decode(errors="replace").splitlines()))
+
+    def check_alive(self) -> None:
+        """ServiceError if the child has ended."""
+        code = self.exit_code()
+        if code is not None:
+            raise self.error(f"ended while it was starting, {describe_exit(code)}")
+
+    def error(self, what: str) -> ServiceError:
+        log = last_lines(Path(self.spec.log), TAIL_LINES)
+        return ServiceError(f"{self.spec.name} {what}; its log is {self.spec.log}", log)
+
+    def exit_code(self) -> int | None:
+        code = self.child.exit_code() if self.child else None
+        if code is not None and code != self.state.exit_code:
+            self.state.exit_code, self.changed = code, True
+        return code
+
+    def stop(self, term_wait_s: float) -> str:
+        """Ends its group. Blocks."""
+        return self.child.stop(term_wait_s) if self.child else "was not started"
+
+    def backoff_s(self) -> float:
+        """How long to wait before the restart that is due now."""
+        if self._ready_at_s and time.monotonic() - self._ready_at_s > STEADY_AFTER_S:
+            self._failures = 0
+        self._ready_at_s = 0.0
+        self._failures += 1
+        return BACKOFF_S[min(self._failures, len(BACKOFF_S)) - 1]
+
+
+def describe_exit(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"with exit code {code}"

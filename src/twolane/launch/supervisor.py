@@ -1,0 +1,216 @@
+"""Starts all services, keeps them running, ends them. Runs in the background as `twolane supervise`.
+
+Owns the children and the state file. A child that ends while it is starting ends the start; one that ends later is
+started again, after a wait that grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from twolane.errors import StartError
+from twolane.launch import probes
+from twolane.launch.phases import READY, REGISTERING
+from twolane.launch.plan import Plan
+from twolane.launch.process import identify
+from twolane.launch.service import Service, ServiceError, describe_exit
+from twolane.launch.state import Overall, State, write_state
+
+log = logging.getLogger(__name__)
+
+RUN_DIR_PREFIX = "twolane-"
+TICK_S = 0.1
+LOOK_EVERY_S = 5.0
+PROXY_START_S = 60.0
+PROXY_STOP_S = 35.0  # its own drain takes 30 s at most
+INSTANCE_STOP_S = 15.0
+STARTING_STOP_S = 2.0  # vLLM doesn't hear SIGTERM while it waits for its engine, and there is nothing to lose yet
+
+
+def start_order(plan: Plan) -> list[list[int]]:
+    """Indices of services: the inner lists start side by side, what is in one of them one after the other.
+
+    Instances that share a GPU take turns: each measures the free memory while it starts.
+    """
+    by_gpu: dict[int, list[int]] = {}
+    order: list[list[int]] = []
+    for index, spec in enumerate(plan.services):
+        if spec.gpu is None:
+            order.append([index])
+        elif spec.gpu in by_gpu:
+            by_gpu[spec.gpu].append(index)
+        else:
+            by_gpu[spec.gpu] = [index]
+            order.append(by_gpu[spec.gpu])
+    return order
+
+
+class Supervisor:
+    """One run. `run()` returns when everything has ended; call it once."""
+
+    def __init__(self, plan: Plan, state_path: Path) -> None:
+        me = identify(os.getpid())
+        assert me is not None
+        self._plan = plan
+        self._state_path = state_path
+        self._services = [Service(spec) for spec in plan.services]
+        self._stop = asyncio.Event()
+        self._run_dir = Path(tempfile.mkdtemp(prefix=RUN_DIR_PREFIX))
+        self._state = State(
+            supervisor=me,
+            overall="starting",
+            url=plan.proxy_url,
+            model_names=plan.model.names,
+            run_dir=str(self._run_dir),
+            services=[service.state for service in self._services],
+            started=time.time(),
+        )
+
+    async def run(self) -> int:
+        """Exit code: 0 after a clean stop, 1 if the start failed."""
+        self._publish()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._publish_changes()), group.create_task(self._serve())]
+                await self._stop.wait()
+                for task in tasks:
+                    task.cancel()
+        except* StartError as failures:
+            self._note_failure(_first(failures))
+        finally:
+            await self._shut_down()
+        return 1 if self._state.overall == "failed" else 0
+
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for turn in start_order(self._plan):
+                group.create_task(self._start_in_turn([self._services[index] for index in turn]))
+        self._enter("up")
+        async with asyncio.TaskGroup() as group:
+            for service in self._services:
+                group.create_task(self._keep(service))
+
+    async def _start_in_turn(self, services: list[Service]) -> None:
+        for service in services:
+            await self._start(service)
+
+    async def _start(self, service: Service) -> None:
+        """Returns when it is ready. StartError if it ends before that, or takes too long."""
+        service.start(self._run_dir / service.spec.name)
+        log.info("service=%s pid=%d event=started", service.spec.name, service.state.pid)
+        timeout_s = self._plan.start_timeout_s
+        if service.spec.role == "proxy":
+            timeout_s = min(timeout_s, PROXY_START_S)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._until_ready(service)
+        except TimeoutError as error:
+            raise service.error(
+                f"was not ready after {timeout_s:.0f} s (it was at: {service.state.phase}; START_TIMEOUT_S allows more)"
+            ) from error
+        service.enter(READY)
+        log.info("service=%s pid=%d event=ready", service.spec.name, service.state.pid)
+
+    async def _until_ready(self, service: Service) -> None:
+        spec, proxy = service.spec, self._plan.proxy_address
+        if spec.role == "proxy":
+            return await self._poll(service, lambda: probes.proxy_answers(proxy))
+        await self._poll(service, lambda: probes.is_healthy(spec))
+        service.enter("serving a first token")
+        await self._poll(service, lambda: probes.serves_a_token(spec, self._plan.model.names[0]))
+        service.enter(REGISTERING)
+        return await self._poll(service, lambda: probes.is_registered(proxy, spec))
+
+    async def _poll(self, service: Service, probe: Callable[[], bool]) -> None:
+        """Until the probe says yes. StartError as soon as the child has ended."""
+        while True:
+            service.check_alive()
+            if await asyncio.to_thread(probe):
+                return
+            service.read_log()
+            await asyncio.sleep(TICK_S)
+
+    async def _keep(self, service: Service) -> None:
+        """Starts it again whenever it ends; never returns."""
+        while True:
+            await self._until_exit(service)
+            code = service.exit_code()
+            log.warning("service=%s event=ended %s", service.spec.name, describe_exit(code or 0))
+            service.state.restarts += 1
+            service.enter("restarting")
+            await asyncio.to_thread(service.stop, INSTANCE_STOP_S)  # what its leader left of the group
+            await asyncio.sleep(service.backoff_s())
+            try:
+                await self._start(service)
+            except StartError as error:
+                log.warning("service=%s event=restart_failed error=%s", service.spec.name, error)
+                await asyncio.to_thread(service.stop, INSTANCE_STOP_S)  # it may be alive, only not ready in time
+
+    async def _until_exit(self, service: Service) -> None:
+        looked_s = 0.0
+        while service.exit_code() is None:
+            if time.monotonic() - looked_s > LOOK_EVERY_S:
+                service.look()
+                looked_s = time.monotonic()
+            await asyncio.sleep(TICK_S)
+
+    def _note_failure(self, error: StartError) -> None:
+        log.error("event=start_failed error=%s", error)
+        self._state.error = str(error)
+        self._state.error_log = error.log if isinstance(error, ServiceError) else []
+        self._enter("failed")
+
+    async def _shut_down(self) -> None:
+        """The proxy first, so that no new request comes; then all instances side by side. Leaves nothing behind."""
+        failed = self._state.overall == "failed"
+        if not failed:
+            self._enter("stopping")
+        for role_is_proxy, wait_s in ((True, PROXY_STOP_S), (False, INSTANCE_STOP_S)):
+            async with asyncio.TaskGroup() as group:
+                for service in self._services:
+                    if (service.spec.role == "proxy") == role_is_proxy:
+                        group.create_task(self._stop_one(service, wait_s))
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        self._enter("failed" if failed else "stopped")
+
+    async def _stop_one(self, service: Service, wait_s: float) -> None:
+        if service.state.phase != READY:
+            wait_s = STARTING_STOP_S
+        how = await asyncio.to_thread(service.stop, wait_s)
+        service.exit_code()
+        service.state.members = []
+        service.enter(how)
+        log.info("service=%s event=ended how=%s", service.spec.name, how)
+        self._publish()
+
+    def _enter(self, overall: Overall) -> None:
+        self._state.overall = overall
+        self._publish()
+
+    async def _publish_changes(self) -> None:
+        while True:
+            if any(service.changed for service in self._services):
+                self._publish()
+            await asyncio.sleep(TICK_S)
+
+    def _publish(self) -> None:
+        for service in self._services:
+            service.changed = False
+        write_state(self._state, self._state_path)
+
+
+def _first(failures: BaseExceptionGroup[StartError]) -> StartError:
+    """One of the errors of a tree of groups."""
+    error = failures.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

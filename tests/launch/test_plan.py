@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twolane.config import Settings
+from twolane.errors import ConfigError
+from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, load_plan, make_plan, save_plan
+from twolane.launch.supervisor import start_order
+
+CPU = Machine(engine="cpu", python="/venv/bin/python", num_cpus=2)
+FOUR_GPUS = Machine(engine="cuda", python="/venv/bin/python", num_cpus=64, gpus=(0, 1, 2, 3))
+MODEL = ServedModel(source="/models/m", names=("m", "/models/m"), max_len=2048)
+
+
+def value_after(spec: ServiceSpec, flag: str) -> str:
+    return spec.argv[spec.argv.index(flag) + 1]
+
+
+def kv_config(spec: ServiceSpec) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(value_after(spec, "--kv-transfer-config"))
+    return config
+
+
+def by_name(plan: Plan) -> dict[str, ServiceSpec]:
+    return {spec.name: spec for spec in plan.services}
+
+
+def test_one_prefill_one_decode_without_gpus() -> None:
+    plan = make_plan(Settings(), CPU, MODEL)
+    assert [spec.name for spec in plan.services] == ["proxy", "prefill", "decode"]
+    prefill = by_name(plan)["prefill"]
+    assert prefill.argv[:10] == (
+        *("/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", "/models/m"),
+        *("--served-model-name", "m", "/models/m", "--host", "127.0.0.1"),
+    )
+    assert value_after(prefill, "--port") == "20003"
+    assert value_after(prefill, "--dtype") == "float32"
+    assert value_after(prefill, "--max-model-len") == "2048"
+    assert "--enforce-eager" in prefill.argv
+    assert prefill.env["OMP_NUM_THREADS"] == "1"
+    assert prefill.env["TORCHDYNAMO_DISABLE"] == "1"
+    assert prefill.log == "logs/prefill.log"
+
+
+def test_kv_transfer_config_of_both_roles() -> None:
+    services = by_name(make_plan(Settings(), CPU, MODEL))
+    assert kv_config(services["prefill"]) == {
+        "kv_connector": "TwoLaneConnector",
+        "kv_connector_module_path": "twolane.connector",
+        "kv_role": "kv_producer",
+        "kv_port": 21001,
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "host": "127.0.0.1",
+            "http_address": "127.0.0.1:20003",
+            "discovery_address": "127.0.0.1:30001",
+        },
+    }
+    assert kv_config(services["decode"])["kv_role"] == "kv_consumer"
+    assert kv_config(services["decode"])["kv_port"] == 22001
+
+
+def test_more_instances_get_ports_and_logs_of_their_own() -> None:
+    services = by_name(make_plan(Settings(num_prefill=2, num_decode=3), CPU, MODEL))
+    assert list(services) == ["proxy", "prefill-1", "prefill-2", "decode-1", "decode-2", "decode-3"]
+    assert [services[name].http_port for name in list(services)[1:]] == [20003, 20013, 20005, 20015, 20025]
+    assert [services[name].kv_port for name in list(services)[1:]] == [21001, 21011, 22001, 22011, 22021]
+    assert services["decode-2"].log == "logs/decode-2.log"
+
+
+def test_gpus_are_given_out_in_order_around_those_that_are_named() -> None:
+    plan = make_plan(Settings(decode_gpus=(0, 2), num_decode=2, num_prefill=2), FOUR_GPUS, MODEL)
+    services = by_name(plan)
+    assert [services[name].gpu for name in ("prefill-1", "prefill-2", "decode-1", "decode-2")] == [1, 3, 0, 2]
+    assert services["prefill-2"].env["CUDA_VISIBLE_DEVICES"] == "3"
+    assert "--enforce-eager" not in services["prefill-1"].argv
+
+
+def test_instances_that_share_a_gpu_start_in_turn() -> None:
+    plan = make_plan(Settings(prefill_gpus=(0,), decode_gpus=(0, 1), num_decode=2), FOUR_GPUS, MODEL)
+    assert start_order(plan) == [[0], [1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "words"),
+    [
+        (Settings(prefill_gpus=(0,)), CPU, "CPU engine"),
+        (Settings(prefill_gpus=(7,)), FOUR_GPUS, "GPU 7 is not there"),
+        (Settings(num_prefill=3, num_decode=2), FOUR_GPUS, "5 instances need a GPU each"),
+        (Settings(decode_port=20003), CPU, "too close"),
+        (Settings(decode_port=20013, num_prefill=2), CPU, "too close"),
+        (Settings(decode_kv_port=21008), CPU, "too close"),
+        (Settings(http_port=30001), CPU, "too close"),
+        (Settings(decode_kv_port=65530), CPU, "above 65535"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(settings: Settings, machine: Machine, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_plan(settings, machine, MODEL)
+
+
+def test_own_arguments_come_last_so_that_they_win() -> None:
+    settings = Settings(vllm_args=("--dtype", "bfloat16"), decode_args=("--max-num-seqs", "4"))
+    services = by_name(make_plan(settings, CPU, MODEL))
+    assert services["prefill"].argv[-2:] == ("--dtype", "bfloat16")
+    assert services["decode"].argv[-4:] == ("--dtype", "bfloat16", "--max-num-seqs", "4")
+
+
+def test_instances_reach_a_proxy_that_listens_everywhere() -> None:
+    plan = make_plan(Settings(host="0.0.0.0"), CPU, MODEL)  # noqa: S104 - nothing is bound
+    assert value_after(plan.services[0], "--host") == "0.0.0.0"  # noqa: S104
+    assert plan.proxy_url == "http://127.0.0.1:10001"
+    extra = kv_config(plan.services[1])["kv_connector_extra_config"]
+    assert extra["discovery_address"] == "127.0.0.1:30001"
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = make_plan(Settings(num_prefill=2), FOUR_GPUS, MODEL)
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
