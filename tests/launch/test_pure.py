@@ -10,7 +10,7 @@ import pytest
 
 from tests.launch.fakes import make_run, server_spec
 from twolane.errors import ConfigError
-from twolane.launch.firstlight import prompt_sources
+from twolane.launch.firstlight import prompt_sources, read_stream
 from twolane.launch.phases import IMPORTING, next_phase
 from twolane.launch.ports import check_ports
 
@@ -60,3 +60,15 @@ def test_a_port_in_use_is_named_with_its_holder_and_the_variable(tmp_path: Path)
         check_ports(plan)
     assert f"port {port} (decode's HTTP server) is taken by process {os.getpid()} (" in str(error.value)
     assert "DECODE_PORT=" in str(error.value)
+
+
+def test_the_first_answer_is_put_together_from_its_stream() -> None:
+    events = [
+        b'data: {"choices": [{"text": " Par"}], "usage": null}',
+        b'data: {"choices": [{"text": "is"}]}',
+        b'data: {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}',
+        b"data: [DONE]",
+    ]
+    text, usage = read_stream(b"\n\n".join(events) + b"\n\n")
+    assert (text, usage["prompt_tokens"]) == (" Paris", 5)
+    assert read_stream(b"\n\n".join(events[:2])) == (" Paris", {}), "a cut stream has no usage"

@@ -131,7 +131,7 @@ def _tell(plan: Plan, light: FirstLight, console: Console) -> None:
     console.print(f"  prompt  {light.prompt_tokens} tokens, of which {sources}")
     console.print(f"  answer  {light.answer!r}", markup=False)
     stages = {**light.stages_ms, "total_ms": light.stages_ms.get("total_ms", light.total_ms)}
-    words = {"prefill_done_ms": "prefill done", "first_byte_ms": "first byte", "total_ms": "all"}
+    words = {"prefill_done_ms": "prefill done", "first_byte_ms": "first token", "total_ms": "all"}
     console.print("  times   " + ", ".join(f"{words[name]} {ms:.0f} ms" for name, ms in stages.items()))
     _tell_more(plan, console)
 

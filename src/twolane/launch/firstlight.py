@@ -6,7 +6,6 @@ import http.client
 import json
 import re
 import time
-from typing import Any
 
 import msgspec
 
@@ -36,12 +35,12 @@ def first_light(plan: Plan) -> FirstLight:
     """StartError if no answer comes, or if it came without a handoff."""
     before = decode_sources(plan)
     began_s = time.monotonic()
-    answer = _complete(plan)
+    text, usage = _complete(plan)
     total_ms = (time.monotonic() - began_s) * 1000
     after = decode_sources(plan)
     light = FirstLight(
-        answer=answer["choices"][0]["text"],
-        prompt_tokens=answer["usage"]["prompt_tokens"],
+        answer=text,
+        prompt_tokens=usage["prompt_tokens"],
         total_ms=total_ms,
         moved_tokens=after.get("external_kv_transfer", 0) - before.get("external_kv_transfer", 0),
         computed_tokens=after.get("local_compute", 0) - before.get("local_compute", 0),
@@ -55,15 +54,26 @@ def first_light(plan: Plan) -> FirstLight:
     return light
 
 
-def _complete(plan: Plan) -> Any:
+def _complete(plan: Plan) -> tuple[str, dict[str, int]]:
+    """The answer's text and usage, streamed, so that the proxy sees when the first token came."""
     body = {"model": plan.model.names[0], "prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
     try:
         status, answer = probes.request(plan.proxy_address, "POST", "/v1/completions", body, ANSWER_TIMEOUT_S)
     except (OSError, http.client.HTTPException) as error:
         raise StartError(f"the first request through the proxy got no answer: {error!r}; see logs") from error
-    if status != 200:
+    text, usage = read_stream(answer)
+    if status != 200 or not usage:
         raise StartError(f"the first request through the proxy failed with status {status}: {answer[:500]!r}")
-    return json.loads(answer)
+    return text, usage
+
+
+def read_stream(answer: bytes) -> tuple[str, dict[str, int]]:
+    """Pure: the text and the usage of a streamed completion; no usage if the stream wasn't whole."""
+    events = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith(b"data: {")]
+    text = "".join(choice["text"] for event in events for choice in event.get("choices", ()))
+    usages = [event["usage"] for event in events if event.get("usage")]
+    return text, usages[-1] if usages else {}
 
 
 def decode_sources(plan: Plan) -> dict[str, int]:
