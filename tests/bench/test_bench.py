@@ -35,17 +35,16 @@ def chunk(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-async def test_each_token_has_its_time_also_when_events_are_cut_or_joined() -> None:
-    pieces = [
-        chunk(b'data: {"a":1}\n\nda'),
-        chunk(b'ta: {"a":2}\n\ndata: {"a":3}\n\n'),
-        chunk(b"data: [DONE]\n\n"),
-        b"0\r\n\r\n",
-    ]
-    async with await serve(STREAM_HEAD, pieces, 0.02) as server:
+TOKEN = b'data: {"choices":[{"text":"a"}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"completion_tokens":3}}\n\n'
+
+
+async def test_each_event_has_its_time_also_when_events_are_cut_or_joined() -> None:
+    pieces = [TOKEN + TOKEN[:9], TOKEN[9:] + TOKEN, USAGE + b"data: [DONE]\n\n"]
+    async with await serve(STREAM_HEAD, [*map(chunk, pieces), b"0\r\n\r\n"], 0.02) as server:
         sample = await ask_once(port_of(server), "m", Ask(0.0, [1], 3), 5.0)
     assert sample.error == ""
-    assert len(sample.token_s) == 3
+    assert (len(sample.event_s), sample.num_tokens) == (3, 3)
     assert sample.ttft_s >= 0.02
     assert sample.gaps_s[0] >= 0.01
 
@@ -53,8 +52,8 @@ async def test_each_token_has_its_time_also_when_events_are_cut_or_joined() -> N
 @pytest.mark.parametrize(
     ("answer", "pieces", "error"),
     [
-        (STREAM_HEAD, [chunk(b'data: {"a":1}\n\n')], "closed"),
-        (STREAM_HEAD, [chunk(b'data: {"a":1}\n\n'), b"0\r\n\r\n"], "1 of 3 tokens"),
+        (STREAM_HEAD, [chunk(TOKEN)], "closed"),
+        (STREAM_HEAD, [chunk(TOKEN), b"0\r\n\r\n"], "0 of 3 tokens"),
         (b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\nno", [], "503"),
         (b"not http\r\n\r\n", [], "HttpParser"),
     ],
@@ -76,12 +75,11 @@ def test_percentiles_are_values_that_occurred() -> None:
 
 
 def test_failures_are_counted_and_kept_out_of_the_figures() -> None:
-    good = Sample(10.0, [10.1, 10.2, 10.4])
-    summary = summarize([good, Sample(10.0, [], "503: busy")])
+    good = Sample(10.0, [10.1, 10.2, 10.4], 3)
+    summary = summarize([good, Sample(10.0, error="503: busy")])
     assert (summary["requests"], summary["failed"], summary["first_error"]) == (2, 1, "503: busy")
     assert summary["ttft_p50_ms"] == 100.0
     assert summary["itl_p50_ms"] == 150.0
-    assert summary["tokens_per_s"] == 7.5
 
 
 def test_workloads_are_seeded() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import signal
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from twolane.launch.hardware import inspect_machine
 from twolane.launch.model import resolve_model
 from twolane.launch.plan import Plan, ServiceSpec, make_plan
 from twolane.launch.probes import get_json, is_healthy, is_registered, request
-from twolane.launch.process import Child, last_lines
+from twolane.launch.process import Child, kill_members, last_lines
 from twolane.launch.progress import Progress
 
 START_TIMEOUT_S = 240.0
@@ -121,10 +121,8 @@ class Instance:
         return int(self.metrics()["vllm:num_requests_running"])
 
     def kill(self) -> None:
-        """SIGKILL for every process of the instance at once, as an OOM kill would."""
-        for member in self.child.look():
-            if member.alive():
-                os.kill(member.pid, signal.SIGKILL)
+        """SIGKILL for every process of the instance; Python's resource trackers last, so that they clean up."""
+        kill_members(list(self.child.look()))
 
 
 def _short(key: str) -> str:
@@ -140,6 +138,7 @@ class Stack:
     plan: Plan
     instances: dict[str, Instance] = field(default_factory=dict)
     proxy: Child | None = None
+    folders: list[Path] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -152,9 +151,12 @@ class Stack:
     def start(self, *specs: ServiceSpec) -> None:
         """Starts the proxy (once) and instances side by side; returns when all are ready."""
         if self.proxy is None:
-            self.proxy = Child(next(spec for spec in self.plan.services if spec.role == "proxy"), {})
+            self.proxy = Child(self.spec("proxy"), {})
         for spec in specs:
-            self.instances[spec.name] = Instance(spec, Child(spec, {}))
+            sockets = Path(tempfile.mkdtemp(prefix="twolane-test-"))  # vLLM leaves its sockets lying about
+            self.folders.append(sockets)
+            env = {"TMPDIR": str(sockets), "VLLM_RPC_BASE_PATH": str(sockets)}
+            self.instances[spec.name] = Instance(spec, Child(spec, env))
         for spec in specs:
             self.wait_ready(spec)
 
@@ -182,6 +184,8 @@ class Stack:
             instance.child.stop(10.0)
         if self.proxy is not None:
             self.proxy.stop(10.0)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def completion_body(stack: Stack, prompt: object, max_tokens: int, **more: object) -> dict[str, Any]:

@@ -16,23 +16,44 @@ from twolane.protocol import split_address
 
 @dataclass
 class Sample:
-    """One request as the client saw it, in seconds of the monotonic clock. `error`: empty if all tokens came."""
+    """One request as the client saw it, in seconds of the monotonic clock. `error`: empty if all tokens came.
+
+    An event may carry several tokens: vLLM joins those that are waiting when it writes. `num_tokens` is what the server
+    counted.
+    """
 
     sent_s: float
-    token_s: list[float] = field(default_factory=list)
+    event_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
     error: str = ""
 
     @property
     def ttft_s(self) -> float:
-        return self.token_s[0] - self.sent_s
+        return self.event_s[0] - self.sent_s
 
     @property
     def gaps_s(self) -> list[float]:
-        return [after - before for before, after in zip(self.token_s, self.token_s[1:], strict=False)]
+        return [after - before for before, after in zip(self.event_s, self.event_s[1:], strict=False)]
+
+
+class _Choice(msgspec.Struct):
+    text: str
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice]
+    usage: _Usage | None = None
+
+
+_decode_event = msgspec.json.Decoder(_Event).decode
 
 
 class _Stream:
-    """httptools' callbacks: collects the body and notes when each SSE event with a token came."""
+    """httptools' callbacks: collects the body and notes when each SSE event with tokens came."""
 
     def __init__(self, sample: Sample) -> None:
         self.complete = False
@@ -44,7 +65,15 @@ class _Stream:
         now_s = time.monotonic()
         self.body += data
         *events, self._tail = (self._tail + data).split(b"\n\n")
-        self._sample.token_s += [now_s for event in events if event.startswith(b"data: {")]
+        for event in events:
+            if event.startswith(b"data: {"):
+                self._note(_decode_event(event[6:]), now_s)
+
+    def _note(self, event: _Event, now_s: float) -> None:
+        if event.choices:
+            self._sample.event_s.append(now_s)
+        if event.usage is not None:
+            self._sample.num_tokens = event.usage.completion_tokens
 
     def on_message_complete(self) -> None:
         self.complete = True
@@ -59,6 +88,7 @@ def request_bytes(address: str, model: str, ask: Ask) -> bytes:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
     )
     head = (
@@ -74,10 +104,10 @@ async def ask_once(address: str, model: str, ask: Ask, timeout_s: float) -> Samp
     try:
         async with asyncio.timeout(timeout_s):
             await _exchange(address, request_bytes(address, model, ask), sample)
-    except (OSError, TimeoutError, httptools.HttpParserError) as error:
+    except (OSError, TimeoutError, httptools.HttpParserError, msgspec.MsgspecError) as error:
         sample.error = f"{type(error).__name__}: {error}"
-    if not sample.error and len(sample.token_s) != ask.max_tokens:
-        sample.error = f"{len(sample.token_s)} of {ask.max_tokens} tokens came"
+    if not sample.error and sample.num_tokens != ask.max_tokens:
+        sample.error = f"{sample.num_tokens} of {ask.max_tokens} tokens came"
     return sample
 
 

@@ -37,7 +37,4 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
             "itl_p50_ms": round(statistics.median(gaps_ms), 1),
             "itl_p99_ms": round(percentile(gaps_ms, 0.99), 1),
         }
-    first_s = min(sample.sent_s for sample in good)
-    last_s = max(sample.token_s[-1] for sample in good)
-    summary["tokens_per_s"] = round(sum(len(sample.token_s) for sample in good) / (last_s - first_s), 1)
     return summary
