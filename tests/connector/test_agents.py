@@ -11,11 +11,13 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
+import zmq
 
 from tests.connector import agents
 from tests.connector.agents import Decode, Prefill, start_decode, start_prefill
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.settings import ConnectorSettings
+from twolane.protocol import Cancel, Credit, Pong, encode
 
 SETTINGS = ConnectorSettings(slot_bytes=4096, num_slots=4, lease_s=1.0, peer_timeout_s=1.0, transfer_timeout_s=2.0)
 
@@ -165,6 +167,37 @@ def test_a_request_that_never_reaches_p_ends_the_wait(prefill: Prefill, decode: 
 def test_no_p_at_the_address_ends_the_wait(decode: Decode) -> None:
     decode.receive(f"127.0.0.1:{agents.free_port()}", [20], num_tokens=4)
     assert decode.wait_finished(timeout_s=SETTINGS.peer_timeout_s + 1.0) == {20}
+
+
+def test_an_address_that_is_none_ends_the_wait_at_once(decode: Decode) -> None:
+    decode.receive("not a host:4000", [20], num_tokens=4)
+    assert decode.wait_finished(timeout_s=0.5) == {20}
+
+
+@pytest.mark.parametrize(("block_ids", "first_block"), [([20, 21], 0), ([], 0), ([20, 21], -1), ([20], 1)])
+def test_an_announce_that_does_not_fit_the_prompt_is_refused(
+    prefill: Prefill, decode: Decode, block_ids: list[int], first_block: int
+) -> None:
+    prefill.offer()
+    prefill.compute([3], 5)
+    decode.receive(prefill.address, block_ids, num_tokens=4, first_block=first_block)
+    assert decode.wait_finished() == set(block_ids)
+    prefill.finish()
+    prefill.wait_freed(timeout_s=0.8)
+
+
+def test_garbage_and_strangers_disturb_nobody(prefill: Prefill, decode: Decode) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(f"tcp://{prefill.address}")
+        for message in (b"", b"\xff" * 100, encode(Credit(0)), encode(Cancel("t", "because")), encode(Pong())):
+            stranger.send(message)
+            assert b"refused" in stranger.recv()
+        stranger.send_multipart([b"two", b"frames"])
+        stranger.setsockopt(zmq.LINGER, 0)
+    prefill.offer()
+    prefill.compute([3], 5)
+    decode.receive(prefill.address, [20], num_tokens=4)
+    assert decode.wait_finished() == set()
 
 
 def test_a_prompt_that_differs_is_refused(prefill: Prefill, decode: Decode) -> None:

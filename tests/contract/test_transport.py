@@ -58,7 +58,7 @@ class Pair:
             written = self.sender.write(slot, [(blocks[i][0], layer) for i, layer in part])
             read = self.receiver.read(slot, [(blocks[i][1], layer) for i, layer in part])
             assert written == read
-            self.sender.release(slot)
+            self.sender.release(slot, b"peer")
             first, moved = first + len(part), moved + read
         return moved
 
@@ -108,6 +108,10 @@ def test_a_slot_has_one_owner_until_it_is_released(pair: Pair) -> None:
     assert len(mine) == 2
     assert pair.sender.acquire(b"a") is None, "a peer's share is bounded"
     assert pair.sender.acquire(b"b") not in mine
+    for slot in mine:
+        assert slot is not None
+        pair.sender.release(slot, b"b")
+    assert pair.sender.acquire(b"a") is None, "nobody gives back what isn't his"
     pair.sender.release_peer(b"a")
     assert pair.sender.acquire(b"a") in mine
 

@@ -29,14 +29,14 @@ LONG = 3000  # tokens: seconds of prefill, six chunks
 
 
 def prefilling(prefill: Instance) -> bool:
-    """In mid-prefill: some blocks are taken, more are to come."""
-    return prefill.running() == 1 and prefill.used_blocks() > 0.05
+    """In mid-prefill: the first chunks are through, more are to come."""
+    return prefill.running() == 1 and prefill.used_blocks() > 0
 
 
 def http_request(path: str, body: dict[str, object]) -> bytes:
     payload = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: twolane\r\nContent-Length: {len(payload)}\r\n\r\n"
-    return head.encode() + payload
+    head = f"POST {path} HTTP/1.1\r\nHost: twolane\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
 
 
 def test_a_client_that_leaves_in_mid_prefill_frees_both_sides(

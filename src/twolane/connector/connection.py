@@ -25,11 +25,15 @@ class Connection:
 
     @classmethod
     def open(cls, context: zmq.Context[zmq.Socket[bytes]], address: str, hello: Hello, now_s: float) -> Connection:
-        """Says Hello; doesn't wait for the answer, nor for P to be there."""
+        """Says Hello; doesn't wait for the answer, nor for P to be there. ZMQError if that is no address."""
         socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # bounded by open transfers and by P's slots
-        socket.connect(f"tcp://{address}")
+        try:
+            socket.connect(f"tcp://{address}")
+        except zmq.ZMQError:
+            socket.close()
+            raise
         made = cls(address, socket, now_s, now_s)
         made.send(hello)
         return made

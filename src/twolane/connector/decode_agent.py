@@ -170,7 +170,12 @@ class DecodeAgent(Agent):
     def _post(self, address: str, message: ToPrefill, now_s: float) -> None:
         if isinstance(message, Announce) and message.transfer_id not in self._open:
             return  # dropped before it was sent; its Cancel follows
-        peer = self._peers.get(address) or self._connect(address, now_s)
+        try:
+            peer = self._peers.get(address) or self._connect(address, now_s)
+        except zmq.ZMQError as error:
+            if isinstance(message, Announce):
+                self._fail(self._open[message.transfer_id], f"can't connect to {address}: {error.strerror}")
+            return
         if isinstance(message, Announce):
             peer.transfers.add(message.transfer_id)
         elif isinstance(message, Cancel):

@@ -177,7 +177,7 @@ class PrefillAgent(Agent):
             case Announce():
                 self._on_announce(peer, message)
             case Credit(slot):
-                self._sender.release(slot)
+                self._sender.release(slot, peer)
             case Cancel(transfer_id, reason):
                 self._on_cancel(transfer_id, reason)
             case Ping():

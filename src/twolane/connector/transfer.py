@@ -65,6 +65,9 @@ class Outgoing:
         """D asks for its blocks. Raises TransferError where the two sides don't speak of the same prompt."""
         if self.announce is not None:
             raise TransferError("announced twice")
+        num_blocks = -(-announce.num_tokens // self.block_size) - announce.first_block
+        if announce.first_block < 0 or len(announce.block_ids) != max(0, num_blocks):
+            raise TransferError(f"{len(announce.block_ids)} blocks announced where {num_blocks} are needed")
         if announce.digest != self.digest:
             raise TransferError("the two sides see different prompts (tokenizer, template or adapter differ)")
         self.announce, self.peer = announce, peer

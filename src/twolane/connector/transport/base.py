@@ -23,8 +23,8 @@ class Sender(Protocol):
         sends it (then the peer owns it until `release`)."""
         ...
 
-    def release(self, slot: int) -> None:
-        """The peer gave the slot back (Credit)."""
+    def release(self, slot: int, peer: bytes) -> None:
+        """The peer gave the slot back (Credit). Ignored for a slot that isn't the peer's."""
         ...
 
     def release_peer(self, peer: bytes) -> None:

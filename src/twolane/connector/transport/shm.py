@@ -14,6 +14,8 @@ import os
 import secrets
 from typing import Any
 
+import msgspec
+
 from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Items
 from twolane.connector.transport.copier import Copier
@@ -21,6 +23,15 @@ from twolane.errors import TransferError
 
 _HEADER_BYTES = 4096  # one page, so that slots are page-aligned; holds the nonce
 _NONCE_BYTES = 16
+
+
+class Arena(msgspec.Struct, frozen=True):
+    """How D finds P's arena: a descriptor of P's process, and what must be found behind it."""
+
+    fd: int
+    size_bytes: int
+    slot_bytes: int
+    nonce: bytes
 
 
 class ShmSender:
@@ -45,13 +56,7 @@ class ShmSender:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "name": "shm",
-            "fd": self._fd,
-            "size_bytes": self._size,
-            "slot_bytes": self._slot_bytes,
-            "nonce": self._nonce,
-        }
+        return msgspec.structs.asdict(Arena(self._fd, self._size, self._slot_bytes, self._nonce))
 
     def acquire(self, peer: bytes) -> int | None:
         if self._owner.count(peer) >= self._peer_share or None not in self._owner:
@@ -60,8 +65,8 @@ class ShmSender:
         self._owner[slot] = peer
         return slot
 
-    def release(self, slot: int) -> None:
-        if 0 <= slot < len(self._owner):
+    def release(self, slot: int, peer: bytes) -> None:
+        if 0 <= slot < len(self._owner) and self._owner[slot] == peer:
             self._owner[slot] = None
 
     def release_peer(self, peer: bytes) -> None:
@@ -106,9 +111,13 @@ class ShmReceiver:
     def __init__(self, layout: KVLayout, copier: Copier, pid: int, description: dict[str, Any]) -> None:
         self._layout = layout
         self._copier = copier
-        self._slot_bytes = int(description["slot_bytes"])
-        self._size = int(description["size_bytes"])
-        path = f"/proc/{pid}/fd/{description['fd']}"
+        try:
+            arena = msgspec.convert(description, Arena)
+        except msgspec.ValidationError as error:
+            raise TransferError(f"the prefill worker's description of its arena is not understood: {error}") from error
+        self._slot_bytes = arena.slot_bytes
+        self._size = arena.size_bytes
+        path = f"/proc/{pid}/fd/{arena.fd}"
         try:
             self._map = _map_file(path, self._size)
         except OSError as error:
@@ -118,7 +127,7 @@ class ShmReceiver:
             ) from error
         except ValueError as error:
             raise TransferError(f"{path} is not the prefill worker's arena: {error}") from error
-        if self._map[:_NONCE_BYTES] != description["nonce"]:
+        if self._map[:_NONCE_BYTES] != arena.nonce:
             raise TransferError(f"{path} is not the prefill worker's arena: its nonce differs")
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
