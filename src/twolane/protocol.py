@@ -6,6 +6,7 @@ P2pNcclConnector (0.9.2 to 0.23.0) sent, so that its instances work with our pro
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import msgspec
@@ -42,6 +43,24 @@ class HandoffParams(msgspec.Struct, frozen=True):
     remote_address: str
     do_remote_prefill: bool = False
     do_remote_decode: bool = False
+
+
+# How the proxies of P2pNcclConnector (vLLM 0.9.2 to 0.23.0) tell both sides about each other: in X-Request-Id,
+# a header that vLLM makes part of the engine's request id, with something before it and behind it.
+_P2P_REQUEST_ID = re.compile(r"___prefill_addr_(?P<P>[^_]+)___decode_addr_(?P<D>[^_]+)_(?P<id>[0-9a-f]{32})")
+
+
+def params_from_request_id(request_id: str, role: Role) -> HandoffParams | None:
+    """What a P2pNcclConnector proxy says in a request id, to the instance of this role; None if it says nothing."""
+    match = _P2P_REQUEST_ID.search(request_id)
+    if match is None:
+        return None
+    return HandoffParams(
+        transfer_id=match["id"],
+        remote_address=match["D" if role == "P" else "P"],
+        do_remote_prefill=role == "D",
+        do_remote_decode=role == "P",
+    )
 
 
 class KVFormat(msgspec.Struct, frozen=True):

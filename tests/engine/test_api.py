@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+import uuid
 
 import httpx
 import openai
 import pytest
 
-from tests.engine.stack import Instance, Stack
+from tests.engine.conftest import make_prompts
+from tests.engine.stack import Instance, Stack, complete, completion_body
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -90,3 +92,21 @@ def test_health_and_stats_know_both_lanes(stack: Stack) -> None:
     assert (health.status_code, health.json()["status"]) == (200, "ok")
     instances = {instance["role"]: instance for instance in stack.stats()["instances"]}
     assert {role: instance["state"] for role, instance in instances.items()} == {"P": "ready", "D": "ready"}
+
+
+def test_a_proxy_made_for_p2p_nccl_moves_the_kv_too(
+    stack: Stack, prefill: Instance, decode: Instance, single_url: str
+) -> None:
+    """Its whole protocol: P first, then D, and a request id that names both. Nothing of TwoLane's proxy takes part."""
+    (prompt,) = make_prompts(seed=8, lengths=[300])
+    body = completion_body(stack, prompt, 12)
+    addresses = f"___prefill_addr_127.0.0.1:{prefill.spec.kv_port}___decode_addr_127.0.0.1:{decode.spec.kv_port}"
+    headers = {"X-Request-Id": f"{addresses}_{uuid.uuid4().hex}"}
+    computed = decode.tokens_by_source()["local_compute"]
+    first = httpx.post(
+        f"http://{prefill.spec.address}/v1/completions", json=body | {"max_tokens": 1}, headers=headers, timeout=60
+    )
+    assert first.status_code == 200
+    second = httpx.post(f"http://{decode.spec.address}/v1/completions", json=body, headers=headers, timeout=60)
+    assert second.json()["choices"][0]["token_ids"] == complete(single_url, body)
+    assert decode.tokens_by_source()["local_compute"] - computed == 1

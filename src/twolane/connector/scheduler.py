@@ -13,7 +13,7 @@ import msgspec
 
 from twolane.connector.agent import logger
 from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
-from twolane.protocol import HandoffParams, split_address
+from twolane.protocol import HandoffParams, Role, params_from_request_id, split_address
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -22,13 +22,19 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def handoff_params(request: Request) -> HandoffParams | None:
-    """The request's handoff parameters; None if it has none, or if they are unusable (logged: it runs alone)."""
+def handoff_params(request: Request, role: Role) -> HandoffParams | None:
+    """The request's handoff parameters; None if it has none, or if they are unusable (logged: it runs alone).
+
+    They come in the body from TwoLane's proxy, in the request id from a proxy made for P2pNcclConnector.
+    """
     raw = request.kv_transfer_params
-    if not raw or "transfer_id" not in raw:
-        return None
     try:
-        params = msgspec.convert(raw, HandoffParams)
+        if raw and "transfer_id" in raw:
+            params = msgspec.convert(raw, HandoffParams)
+        elif (found := params_from_request_id(request.request_id, role)) is not None:
+            params = found
+        else:
+            return None
         split_address(params.remote_address)
     except (msgspec.ValidationError, ValueError) as error:
         logger.warning("kv_transfer_params ignored req_id=%s reason=%r", request.request_id, str(error))
@@ -56,7 +62,7 @@ class DecodeScheduler:
         self._plan = StepPlan()
 
     def on_new_request(self, request: Request) -> None:
-        params = handoff_params(request)
+        params = handoff_params(request, "D")
         if params is not None and params.do_remote_prefill and request.prompt_token_ids:
             self._fresh[request.request_id] = params
 
@@ -115,7 +121,7 @@ class PrefillScheduler:
         self._plan = StepPlan()
 
     def on_new_request(self, request: Request) -> None:
-        params = handoff_params(request)
+        params = handoff_params(request, "P")
         if params is not None and params.do_remote_decode:
             self._offered.add(request.request_id)
             self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request)))
