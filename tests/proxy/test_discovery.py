@@ -54,15 +54,6 @@ async def test_leaving_instance_says_so_and_gets_nothing_new() -> None:
         assert not c.p.calls
 
 
-async def test_old_p2pnccl_registration_is_listed_as_unsupported() -> None:
-    async with cluster(0, 0) as c:
-        old = {"type": "P", "http_address": "127.0.0.1:1", "zmq_address": "127.0.0.1:2"}
-        send_raw(c, msgspec.msgpack.encode(old))
-        await eventually(lambda: len(c.service.pool) == 1)
-        (instance,) = (await c.stats())["instances"]
-        assert (instance["kind"], instance["state"]) == ("p2pnccl", "unsupported")
-
-
 async def test_garbage_is_ignored_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     good = {"type": "D", "http_address": "127.0.0.1:1", "zmq_address": "127.0.0.1:2", "kind": "twolane", "new": 1}
     bad = [b"", b"\xc1", msgspec.msgpack.encode([1]), msgspec.msgpack.encode(good | {"type": "X"})]
@@ -80,7 +71,8 @@ async def test_address_off_loopback_is_refused(caplog: pytest.LogCaptureFixture)
         send_raw(c, *map(msgspec.msgpack.encode, far), msgspec.msgpack.encode(good))
         await eventually(lambda: len(c.service.pool) == 1)
         assert [i.address for i in c.service.pool] == ["localhost:1"]
-        assert "loopback" in caplog.text
+        assert "allowed network" in caplog.text
+        assert (await c.stats())["registrations_refused"] == 3
 
 
 async def test_restarted_instance_with_the_same_identity_is_heard() -> None:

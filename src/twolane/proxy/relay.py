@@ -51,6 +51,7 @@ class Relay:
 
     def __init__(self, attempt: Attempt, responder: Responder, settings: ProxySettings, headers: Headers) -> None:
         self._leg = attempt.decode
+        assert attempt.decode_exchange is not None, "there is no verdict for D before its leg is sent"
         self._exchange = attempt.decode_exchange
         self._responder = responder
         self._settings = settings

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from twolane.errors import MethodNotAllowedError, NoInstanceError, TwoLaneError
+from twolane.errors import MethodNotAllowedError, NoInstanceError, TooBusyError, TwoLaneError, UnauthorizedError
 from twolane.proxy.headers import Headers, encode, status_line
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ class Responder:
 
     def send_error(self, error: TwoLaneError, headers: Headers | None = None) -> None:
         extra = list(headers or [])
-        if isinstance(error, NoInstanceError):
+        if isinstance(error, (NoInstanceError, TooBusyError)):
             extra.append((b"retry-after", _RETRY_AFTER_S))
+        if isinstance(error, UnauthorizedError):
+            extra.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, MethodNotAllowedError):
             extra.append((b"allow", ", ".join(error.allowed).encode()))
         self.send_json(error.status, error_object(error), extra)
