@@ -74,6 +74,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 @app.command(epilog=EPILOG)
 def proxy(
+    *,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = ProxySettings.host,
     http_port: Annotated[int, typer.Option(help="Port of the OpenAI server.")] = HTTP_PORT,
     discovery_host: Annotated[

@@ -17,7 +17,7 @@ def parse_instances(prefills: Sequence[str], decodes: Sequence[str], kind: str) 
     kinds = [k for k in known if k == kind]
     if not kinds:
         raise ConfigError(f"--kv {kind} is unknown; known are {', '.join(known)}")
-    named: list[tuple[Role, str]] = [*(("P", url) for url in prefills), *(("D", url) for url in decodes)]  # type: ignore[list-item]
+    named: list[tuple[Role, str]] = [*(("P", url) for url in prefills), *(("D", url) for url in decodes)]
     instances = tuple(_parse_instance(role, text, kinds[0]) for role, text in named)
     if len({(i.role, i.address) for i in instances}) < len(instances):
         raise ConfigError("--prefill or --decode names the same instance twice; leave one of them out")
