@@ -35,7 +35,6 @@ from typing import Any
 
 import psutil
 import uvloop
-
 from benchmarks.proxy_load import Load, Outcome, run
 from benchmarks.proxy_peers import PEERS, TWOLANE, Peer, Ports
 

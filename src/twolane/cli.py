@@ -125,6 +125,7 @@ def proxy(
     from twolane.proxy.service import run  # noqa: PLC0415
 
     log_to_stderr()
+    log_cheaply()
     secrets = flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
     settings = ProxySettings(
         host=host,
@@ -169,6 +170,11 @@ def console() -> Console:
 def log_to_stderr() -> None:
     """The one place where logging is configured."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+
+
+def log_cheaply() -> None:
+    """Leaves out what our format doesn't show, as the standard library's logging guide says."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from time import monotonic
 
@@ -21,7 +21,7 @@ from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
 from twolane.proxy.handoff import Handoff, reject
-from twolane.proxy.headers import encode, end_to_end, find
+from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
 from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
@@ -45,7 +45,7 @@ _RELAY = Ask(computes=False, splits=False)
 _ALONE = Ask(splits=False, alone_because="path")
 
 # Host and length are written anew. Answers stay uncompressed, so that an error event can be put behind them.
-_NOT_PASSED_ON = frozenset((b"host", b"x-request-id", b"accept-encoding"))
+_NOT_PASSED_ON = HOP_BY_HOP | frozenset((b"host", b"x-request-id", b"accept-encoding"))
 _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 
 
@@ -58,6 +58,7 @@ class App:
         self._upstreams = upstreams
         self._stats = stats
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
+        self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
         self._own: dict[str, Callable[[Responder], None]] = {"/health": self._health, "/stats": self._report}
 
@@ -121,9 +122,7 @@ class App:
         return Ask(alone_because=why_alone, num_tokens=body.num_prompt_tokens, beginning=beginning)
 
     def _passed_on(self, request: Request) -> bytes:
-        gatekeeper = self._gatekeeper
-        headers = end_to_end(request.headers, _NOT_PASSED_ON | gatekeeper.replaced)
-        return encode(headers + gatekeeper.upstream_headers())
+        return encode(end_to_end(request.headers, self._not_passed_on) + self._gatekeeper.upstream_headers())
 
     def _allowed(self, path: str) -> tuple[str, ...]:
         if path in HANDOFF_PATHS or path in ALONE_PATHS:
@@ -157,7 +156,7 @@ def _request_id(request: Request) -> str:
     given = find(request.headers, b"x-request-id")
     if given is not None and _GOOD_REQUEST_ID.fullmatch(given):
         return given.decode("ascii")
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def judge_health(prefills: Sequence[Instance], decodes: Sequence[Instance], draining: bool) -> tuple[str, str | None]:

@@ -169,6 +169,9 @@ class Attempt:
     def close(self) -> None:
         """Cuts what is still open. Idempotent."""
         self._closed = True
+        self.decode.forget()
+        if self.prefill is not None:
+            self.prefill.forget()
         for timer in self._timers:
             timer.cancel()
         if self._prefill_exchange is not None:

@@ -59,6 +59,10 @@ _NOT_FOR_PREFILL = frozenset(
         "top_p",
     )
 )
+# Without one of these only the number of prompts speaks against it: most bodies need no closer look.
+_MAY_NOT_SPLIT = frozenset(
+    ("n", "best_of", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "truncate_prompt_tokens")
+)
 _ONE = msgspec.Raw(b"1")
 _NULL = msgspec.Raw(b"null")
 # One greedy token: no sorting of the vocabulary, no random state.
@@ -178,6 +182,8 @@ def _value(fields: Fields, name: str) -> object:
 
 def _why_whole(fields: Fields, is_chat: bool) -> str:
     """The field for which P and D can't share this request; empty if they can."""
+    if _MAY_NOT_SPLIT.isdisjoint(fields):
+        return "prompt" if not is_chat and _has_many_prompts(fields) else ""
     limit = _value(fields, "truncate_prompt_tokens")
     reasons = {
         # Several answers from one prompt are several requests in the engine; one transfer fills one of them.

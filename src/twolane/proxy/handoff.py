@@ -8,7 +8,7 @@ from time import monotonic
 
 from twolane.errors import NoInstanceError, StaleConnectionError, TooBusyError, TwoLaneError, UpstreamError
 from twolane.proxy.attempt import Attempt, Job, Upstreams
-from twolane.proxy.headers import Headers, end_to_end
+from twolane.proxy.headers import HOP_BY_HOP, Headers, end_to_end
 from twolane.proxy.legs import Verdict
 from twolane.proxy.policy import MAX_ATTEMPTS, Route, Tried
 from twolane.proxy.pool import Pool
@@ -132,7 +132,7 @@ class Handoff:
         leg = attempt.prefill
         assert leg is not None
         self._record.outcome = "rejected"
-        headers = end_to_end(leg.headers, frozenset((b"x-request-id",))) + self._headers
+        headers = end_to_end(leg.headers, HOP_BY_HOP | {b"x-request-id"}) + self._headers
         self._responder.send(leg.state.status, headers, leg.body)
 
     def _note_times(self, attempt: Attempt) -> None:

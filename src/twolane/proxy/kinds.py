@@ -5,6 +5,7 @@ A P and a D of different kinds are never paired.
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import ClassVar, Protocol
 
@@ -42,7 +43,7 @@ class TwoLane:
     reads_prefill: ClassVar[bool] = False
 
     def transfer_id(self, _prefill: Instance, _decode: Instance) -> str:
-        return uuid.uuid4().hex
+        return os.urandom(16).hex()
 
     def request_id(self, _transfer_id: str, request_id: str) -> str:
         return request_id
@@ -71,7 +72,7 @@ class Nixl:
     )
 
     def transfer_id(self, _prefill: Instance, _decode: Instance) -> str:
-        return uuid.uuid4().hex
+        return os.urandom(16).hex()
 
     def request_id(self, _transfer_id: str, request_id: str) -> str:
         return request_id

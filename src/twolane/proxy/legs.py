@@ -72,7 +72,7 @@ class PrefillLeg:
         if not (200 <= head.status < 300 or 400 <= head.status < 500):
             self.failed(UpstreamError(f"{self._name} answered {head.status}"))
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes, is_last: bool) -> None:  # noqa: ARG002
         self._num_bytes += len(data)
         if self._num_bytes > _MAX_PREFILL_BODY_BYTES:
             self.failed(UpstreamError(f"{self._name} answered more than {_MAX_PREFILL_BODY_BYTES} bytes"))
@@ -91,10 +91,18 @@ class PrefillLeg:
             self.state.error = error
             self._settle()
 
+    def forget(self) -> None:
+        """Nobody wants to know any more. Ends a cycle of references."""
+        self._on_change = _ignore
+
     def _settle(self) -> None:
         if not self.settled.done():
             self.settled.set_result(None)
         self._on_change()
+
+
+def _ignore() -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -126,7 +134,7 @@ class DecodeLeg:
         self.held = Held()
         self.first_data_at: float | None = None
         self.last_data_at = 0.0
-        self.sink: Callable[[bytes], None] | None = None
+        self.sink: Callable[[bytes, bool], None] | None = None  # is told which bytes are the last
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_held: Callable[[], None] | None = None  # more is held
         self._name = name
@@ -145,13 +153,13 @@ class DecodeLeg:
             # vLLM sends this head when the answer is ready; a stream's head says only that the request is accepted.
             self._begin()
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes, is_last: bool) -> None:
         now = monotonic()
         gap_s, self.last_data_at = now - self.last_data_at, now
         if self.sink is not None:
             if self.is_stream:
                 self._gaps.add(gap_s)
-            self.sink(data)
+            self.sink(data, is_last)
             return
         if self.state.error is not None:
             return
@@ -172,6 +180,11 @@ class DecodeLeg:
         if self.state.error is None and not self.state.ended:
             self.state.error = error
             self._settle()
+
+    def forget(self) -> None:
+        """Nobody wants to know any more. Ends a cycle of references."""
+        self._on_change = _ignore
+        self.sink = self.on_held = None
 
     def _begin(self) -> None:
         if not self.state.begun:

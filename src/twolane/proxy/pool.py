@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from twolane.protocol import Kind, Registration, Role
@@ -90,6 +90,7 @@ class Pool:
         self._probe_ready_every_s = probe_ready_every_s
         self._on_probe_due = on_probe_due
         self._instances: dict[tuple[Role, str], Instance] = {}
+        self._ready: dict[Role, Sequence[Instance]] = {"P": (), "D": ()}  # derived; asked for at every request
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(self._instances.values())
@@ -97,8 +98,8 @@ class Pool:
     def __len__(self) -> int:
         return len(self._instances)
 
-    def ready(self, role: Role) -> list[Instance]:
-        return [i for i in self._instances.values() if i.role == role and i.state is State.READY]
+    def ready(self, role: Role) -> Sequence[Instance]:
+        return self._ready[role]
 
     def register(self, registration: Registration, now: float) -> None:
         key = (registration.type, registration.http_address)
@@ -183,6 +184,8 @@ class Pool:
         instance.state = state
         instance.since = now
         instance.reason = reason
+        ready = [i for i in self._instances.values() if i.role == instance.role and i.state is State.READY]
+        self._ready[instance.role] = tuple(ready)
         logger.info(
             'instance role=%s address=%s kind=%s epoch=%s state=%s reason="%s"',
             instance.role,

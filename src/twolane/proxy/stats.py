@@ -34,7 +34,7 @@ class RequestRecord:
     first_byte_at: float | None = None
     ended_at: float | None = None
 
-    def _ms(self, moment: float | None) -> float | None:
+    def ms(self, moment: float | None) -> float | None:
         return None if moment is None else round((moment - self.started_at) * 1e3, 2)
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,9 +49,9 @@ class RequestRecord:
             "status": self.status,
             "outcome": self.outcome,
             "attempts": self.attempts,
-            "prefill_done_ms": self._ms(self.prefill_done_at),
-            "first_byte_ms": self._ms(self.first_byte_at),
-            "total_ms": self._ms(self.ended_at),
+            "prefill_done_ms": self.ms(self.prefill_done_at),
+            "first_byte_ms": self.ms(self.first_byte_at),
+            "total_ms": self.ms(self.ended_at),
         }
 
 
@@ -101,17 +101,25 @@ class Stats:
 
 
 def log_request(record: RequestRecord) -> None:
-    """The one line."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    fields = " ".join(f"{name}={_text(value)}" for name, value in record.as_dict().items())
-    logger.info("request %s", fields)
-
-
-def _text(value: object) -> object:
-    if value is None:
-        return "-"
-    return f'"{value}"' if isinstance(value, str) and " " in value else value
+    """The one line. Written out by hand: it is a tenth of what a short request costs."""
+    r = record
+    logger.info(
+        "request transfer_id=%s request_id=%s route=%s prefill=%s decode=%s alone_because=%s stream=%s status=%d "
+        "outcome=%s attempts=%d prefill_done_ms=%s first_byte_ms=%s total_ms=%s",
+        r.transfer_id or "-",
+        r.request_id,
+        r.route,
+        r.prefill or "-",
+        r.decode or "-",
+        r.alone_because or "-",
+        r.stream,
+        r.status,
+        r.outcome,
+        r.attempts,
+        r.ms(r.prefill_done_at),
+        r.ms(r.first_byte_at),
+        r.ms(r.ended_at),
+    )
 
 
 def instance_dict(instance: Instance, now: float) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._pieces and self._exchange is exchange:
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
-            exchange.listener.data_received(data)
+            exchange.listener.data_received(data, self._complete)
         if self._complete and self._exchange is exchange:
             self._release(exchange)
 
