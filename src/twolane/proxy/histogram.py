@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import exp, log
 
 _BUCKETS_PER_E = 10  # each bucket's upper edge is 10.5 % above the one before
-_NUM_BUCKETS = 320  # up to e^32 microseconds
+_NUM_BUCKETS = 400  # up to e^40 microseconds: no duration is longer
 
 
 class Histogram:
