@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from time import monotonic
 
+import msgspec
+
 from twolane.config import ProxySettings
 from twolane.errors import StaleConnectionError, UpstreamConnectionError, UpstreamError, UpstreamTimeoutError
 from twolane.proxy.body import SplitBody
@@ -17,8 +19,7 @@ from twolane.proxy.policy import Ask, Route, Router
 from twolane.proxy.pool import Instance, Pool, Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What a client wants of an instance, ready to be sent to any. Without `body` it is a plain relay to D."""
 
     method: str

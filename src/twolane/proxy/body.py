@@ -12,8 +12,6 @@ model), the prompts differ, P refuses the transfer by its digest, and D computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from twolane.errors import BadRequestError
@@ -75,8 +73,7 @@ _decode_fields = msgspec.json.Decoder(Fields).decode
 _encode = msgspec.json.encode
 
 
-@dataclass(frozen=True, slots=True)
-class SplitBody:
+class SplitBody(msgspec.Struct, frozen=True):
     """A client's body. `whole_because` names the field for which it can't be split, or is empty."""
 
     raw: bytes

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from twolane.config import Policy, ProxySettings
 from twolane.protocol import Role
 from twolane.proxy.kinds import HANDOVERS
@@ -17,8 +19,7 @@ _OVERLOAD_FACTOR = 2
 _OVERLOAD_SLACK: dict[Role, int] = {"P": 8192, "D": 8}  # prompt tokens; requests
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """What the choice depends on."""
 
     computes: bool = True  # False: any D can answer, without its engine (/v1/models, /tokenize)
@@ -28,8 +29,7 @@ class Ask:
     beginning: bytes = b""  # of the prompt; read by prefix_affinity alone
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """Where one attempt goes. Without P, D computes the prompt itself, and `alone_because` says why."""
 
     decode: Instance

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
+import msgspec
 
 from twolane.errors import StaleConnectionError, UpstreamConnectionError, UpstreamError
 from twolane.proxy.headers import Headers, find
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _STALE_WITHIN_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(msgspec.Struct, frozen=True):
     """An answer's head. `length_bytes` is None for a chunked body, or one that ends with the connection."""
 
     status: int
