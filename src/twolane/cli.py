@@ -123,7 +123,7 @@ def proxy(
     Example: twolane proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --kv nixl
     """
     from twolane.proxy import flags  # noqa: PLC0415 - the other commands start faster without it
-    from twolane.proxy.service import run  # noqa: PLC0415
+    from twolane.proxy.service import run, tune_collector  # noqa: PLC0415
 
     log_requests_to_stderr()
     secrets = flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
@@ -144,6 +144,7 @@ def proxy(
         max_queued=max_queued,
         queue_timeout_s=queue_timeout,
     )
+    tune_collector()
     raise typer.Exit(run(settings))
 
 

@@ -129,8 +129,11 @@ async def _drain(service: Service, signals: asyncio.Queue[signal.Signals]) -> in
 
 def run(settings: ProxySettings) -> int:
     """Runs the proxy in this thread under uvloop. Raises ConfigError if a port is taken."""
-    # A request leaves nothing behind that reference counts don't free, so the collector needn't look often, and
-    # what was imported it needn't look at ever again.
+    return uvloop.run(serve(settings))
+
+
+def tune_collector() -> None:
+    """For a process that does nothing else. A request leaves nothing behind that reference counts don't free, so the
+    garbage collector needn't look often, and at what was imported it needn't look ever again."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-    return uvloop.run(serve(settings))
