@@ -21,6 +21,7 @@ from twolane.launch.plan import load_plan
 from twolane.launch.supervisor import Supervisor
 
 EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
+LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
 EPILOG = "Exit codes: 0 ok, 1 failed, 2 wrong setting or machine, 130 interrupted."
 
 app = typer.Typer(
@@ -74,18 +75,77 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 
 @app.command(epilog=EPILOG)
 def proxy(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = ProxySettings.host,
     http_port: Annotated[int, typer.Option(help="Port of the OpenAI server.")] = HTTP_PORT,
+    discovery_host: Annotated[
+        str, typer.Option(help="Address at which instances register.")
+    ] = ProxySettings.discovery_host,
     discovery_port: Annotated[int, typer.Option(help="Port at which instances register.")] = DISCOVERY_PORT,
+    registration_secret_file: Annotated[
+        Path | None, typer.Option(help="The secret that registrations are signed with; needed off loopback.")
+    ] = None,
+    allow_network: Annotated[
+        list[str] | None, typer.Option(help="CIDR of registered instances (repeatable). Default: loopback.")
+    ] = None,
+    prefill: Annotated[
+        list[str] | None, typer.Option(help="URL[=control host:port] of a prefill instance (repeatable).")
+    ] = None,
+    decode: Annotated[
+        list[str] | None, typer.Option(help="URL[=control host:port] of a decode instance (repeatable).")
+    ] = None,
+    kv: Annotated[str, typer.Option(help="Kind of those: twolane, nixl or p2pnccl.")] = "twolane",
+    policy: Annotated[str, typer.Option(help="least_loaded, round_robin or prefix_affinity.")] = ProxySettings.policy,
+    min_prefill_tokens: Annotated[
+        int, typer.Option(min=0, help="Shorter prompts go to a decode instance alone; 0: never.")
+    ] = 0,
+    max_prefill_queue: Annotated[
+        int, typer.Option(min=0, help="So do all, while every prefill instance has so many requests; 0: never.")
+    ] = 0,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests served at once.")] = ProxySettings.max_in_flight,
+    max_queued: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait for their turn; more get 429.")
+    ] = ProxySettings.max_queued,
+    queue_timeout: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a request waits for its turn.")
+    ] = ProxySettings.queue_timeout_s,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="TWOLANE_API_KEY", help="Clients need one of these (repeatable).")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="More of them, one a line.")] = None,
+    upstream_api_key: Annotated[
+        str, typer.Option(envvar="TWOLANE_UPSTREAM_API_KEY", help="What the instances were given as --api-key.")
+    ] = "",
 ) -> None:
     """Run the proxy in the foreground.
 
     Example: twolane proxy --http-port 8080
+    Example: twolane proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --kv nixl
     """
-    from twolane.proxy.service import run  # noqa: PLC0415 - the other commands start faster without it
+    from twolane.proxy import flags  # noqa: PLC0415 - the other commands start faster without it
+    from twolane.proxy.service import run, tune_collector  # noqa: PLC0415
 
-    log_to_stderr()
-    run(ProxySettings(host=host, http_port=http_port, discovery_port=discovery_port))
+    log_requests_to_stderr()
+    secrets = flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
+    settings = ProxySettings(
+        host=host,
+        http_port=http_port,
+        discovery_host=discovery_host,
+        discovery_port=discovery_port,
+        registration_secret=secrets[0],
+        allowed_networks=tuple(allow_network or ProxySettings.allowed_networks),
+        instances=flags.parse_instances(prefill or [], decode or [], kv),
+        api_keys=flags.all_keys(api_key or [], api_key_file),
+        upstream_api_key=upstream_api_key,
+        policy=flags.parse_policy(policy),
+        min_prefill_tokens=min_prefill_tokens,
+        max_prefill_queue=max_prefill_queue,
+        max_in_flight=max_in_flight,
+        max_queued=max_queued,
+        queue_timeout_s=queue_timeout,
+    )
+    tune_collector()
+    raise typer.Exit(run(settings))
 
 
 @app.command(hidden=True)
@@ -109,8 +169,20 @@ def console() -> Console:
 
 
 def log_to_stderr() -> None:
-    """The one place where logging is configured."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+    """This and the next are the only places where logging is configured."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+
+
+def log_requests_to_stderr() -> None:
+    """The same lines for a process that writes thousands a second: in batches, without what the format doesn't show."""
+    from twolane.proxy.logs import BatchingHandler, SecondsFormatter  # noqa: PLC0415
+
+    handler = BatchingHandler(sys.stderr)
+    handler.setFormatter(SecondsFormatter(LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # As in the standard library's logging guide, "Optimization".
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def main() -> None:

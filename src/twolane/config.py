@@ -10,8 +10,10 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from twolane.errors import ConfigError
+from twolane.protocol import Kind, Role
 
 HTTP_PORT = 10001
 DISCOVERY_PORT = 30001
@@ -19,7 +21,18 @@ PREFILL_PORT = 20003
 DECODE_PORT = 20005
 PREFILL_KV_PORT = 21001
 DECODE_KV_PORT = 22001
+Policy = Literal["least_loaded", "round_robin", "prefix_affinity"]
 MAX_INSTANCES = 64  # of a role; see launch/plan.py for how ports are counted on
+
+
+@dataclass(frozen=True)
+class StaticInstance:
+    """An instance named by a flag instead of a registration."""
+
+    role: Role
+    address: str  # host:port of its OpenAI server
+    kind: Kind
+    control_address: str = ""  # host:port; kind nixl needs none
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,19 @@ class ProxySettings:
 
     host: str = "127.0.0.1"
     http_port: int = HTTP_PORT
+    discovery_host: str = "127.0.0.1"  # apart from `host`: clients may be elsewhere while the instances are here
     discovery_port: int = DISCOVERY_PORT
+    registration_secret: str = ""  # needed where `discovery_host` is not loopback
+    allowed_networks: tuple[str, ...] = ("127.0.0.0/8", "::1/128")  # where a registered instance may be
+    instances: tuple[StaticInstance, ...] = ()
+    api_keys: tuple[str, ...] = ()  # of clients; empty: anyone may ask
+    upstream_api_key: str = ""  # what the instances want to see in place of the client's key
+    policy: Policy = "least_loaded"
+    min_prefill_tokens: int = 0  # a shorter prompt goes to D alone; 0: never
+    max_prefill_queue: int = 0  # all P have so many requests in flight: D alone; 0: never
+    max_in_flight: int = 4096  # generating requests served at once
+    max_queued: int = 1024  # more, that wait for their turn
+    queue_timeout_s: float = 30.0
     connect_timeout_s: float = 5.0
     head_timeout_s: float = 15.0  # a client's request head, from its first byte
     body_timeout_s: float = 60.0  # a client's request body
@@ -37,6 +62,7 @@ class ProxySettings:
     first_byte_timeout_s: float = 600.0  # D's answer, sent to first byte
     stream_idle_timeout_s: float = 300.0  # the longest silence inside D's answer
     health_every_s: float = 1.0  # probes of an instance that is not ready
+    health_ready_every_s: float = 5.0  # probes of one that is: a hung one refuses no connection
     registration_expiry_s: float = 15.0
     drain_timeout_s: float = 30.0  # SIGTERM to exit, while streams end
     health_timeout_s: float = 5.0  # one probe

@@ -31,6 +31,13 @@ class BadRequestError(TwoLaneError):
     kind = "invalid_request_error"
 
 
+class UnauthorizedError(BadRequestError):
+    """The proxy has keys of its own, and the client gave none of them."""
+
+    status = 401
+    kind = "authentication_error"
+
+
 class NotFoundError(BadRequestError):
     status = 404
     kind = "not_found_error"
@@ -56,6 +63,13 @@ class BodyTooLargeError(BadRequestError):
 
 class HeaderTooLargeError(BadRequestError):
     status = 431
+
+
+class TooBusyError(TwoLaneError):
+    """More requests than the proxy was told to take at once, and no turn came within the deadline."""
+
+    status = 429
+    kind = "rate_limit_error"
 
 
 class NoInstanceError(TwoLaneError):

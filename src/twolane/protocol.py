@@ -6,6 +6,7 @@ P2pNcclConnector (0.9.2 to 0.23.0) sent, so that its instances work with our pro
 
 from __future__ import annotations
 
+import hmac
 import re
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ Kind = Literal["twolane", "nixl", "p2pnccl"]
 
 PROTOCOL_VERSION = 1
 REGISTER_EVERY_S = 3.0
+SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
 
 
 class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -30,6 +32,8 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: Kind = "p2pnccl"
     epoch: str = ""  # new at every start of the instance
     leaving: bool = False  # last words at a clean stop
+    sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
+    signature: str = ""  # see `sign_registration`
 
 
 class HandoffParams(msgspec.Struct, frozen=True):
@@ -174,6 +178,23 @@ encode = msgspec.msgpack.Encoder().encode
 decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
 decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
 decode_registration = msgspec.msgpack.Decoder(Registration).decode
+
+
+def sign_registration(registration: Registration, secret: str, now: float) -> Registration:
+    """With `sent_at` (seconds since 1970) and an HMAC over all else, so that the secret itself never travels."""
+    stamped = msgspec.structs.replace(registration, sent_at=now, signature="")
+    return msgspec.structs.replace(stamped, signature=_signature(stamped, secret))
+
+
+def is_signed(registration: Registration, secret: str, now: float) -> bool:
+    """Whether who sent this knows the secret, and sent it within `SIGNATURE_VALID_S` of `now`."""
+    unsigned = msgspec.structs.replace(registration, signature="")
+    good = hmac.compare_digest(registration.signature.encode(), _signature(unsigned, secret).encode())
+    return good and abs(now - registration.sent_at) <= SIGNATURE_VALID_S
+
+
+def _signature(unsigned: Registration, secret: str) -> str:
+    return hmac.new(secret.encode(), encode(unsigned), "sha256").hexdigest()
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -119,6 +119,7 @@ class ScriptedInstance:
         self.behave = behave
         self.kind: Kind = kind
         self.healthy = True
+        self.hung = False  # accepts connections, answers no probe
         self.epoch = "first"
         self.port = 0
         self.control_address = ""
@@ -195,6 +196,9 @@ class ScriptedInstance:
         call = Call(method, path, headers, body, writer)
         if path == "/health":
             self.num_probes += 1
+            if self.hung:
+                await reader.read()
+                return False
             await call.reply(200 if self.healthy else 503, b"")
             return True
         async with self.called:
@@ -265,7 +269,9 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(num_prefill: int = 1, num_decode: int = 1, **settings: Any) -> AsyncIterator[Cluster]:
+async def cluster(
+    num_prefill: int = 1, num_decode: int = 1, kind: Kind = "twolane", **settings: Any
+) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         defaults: dict[str, Any] = {"http_port": 0, "discovery_port": 0, "health_every_s": 0.05}
         service = await stack.enter_async_context(Service(ProxySettings(**(defaults | settings))))
@@ -274,7 +280,7 @@ async def cluster(num_prefill: int = 1, num_decode: int = 1, **settings: Any) ->
         made = Cluster(service, [], [], http)
         roles: list[Role] = [*["P"] * num_prefill, *["D"] * num_decode]  # type: ignore[list-item]
         for role in roles:
-            instance = ScriptedInstance(role)
+            instance = ScriptedInstance(role, kind=kind)
             await made.add(instance)
             stack.push_async_callback(instance.stop)
         await eventually(lambda: sum(i.state is State.READY for i in service.pool) == num_prefill + num_decode)

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twolane.errors import BadRequestError
+from twolane.protocol import HandoffParams
 from twolane.proxy.body import parse_body
 
+TO_P = HandoffParams("t", "d:1", do_remote_decode=True)
+TO_D = HandoffParams("t", "p:1", do_remote_prefill=True)
 FOR_P = {"transfer_id": "t", "remote_address": "d:1", "do_remote_prefill": False, "do_remote_decode": True}
 FOR_D = {"transfer_id": "t", "remote_address": "p:1", "do_remote_prefill": True, "do_remote_decode": False}
 ONE_TOKEN = {"max_tokens": 1, "stream": False, "n": 1, "temperature": 0}
@@ -106,14 +109,14 @@ def test_prefill_leg_does_the_least_that_fills_the_cache(name: str) -> None:
     chat, fields, expected = GOLDEN[name]
     body = parse_body(json.dumps(fields).encode(), chat)
     assert body.whole_because == ""
-    assert json.loads(body.for_prefill("t", "d:1")) == expected | ONE_TOKEN | {"kv_transfer_params": FOR_P}
+    assert json.loads(body.for_prefill(TO_P)) == expected | ONE_TOKEN | {"kv_transfer_params": FOR_P}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_decode_leg_gets_the_body_as_it_came(name: str) -> None:
     chat, fields, _ = GOLDEN[name]
     body = parse_body(json.dumps(fields).encode(), chat)
-    assert json.loads(body.for_decode("t", "p:1")) == fields | {"kv_transfer_params": FOR_D}
+    assert json.loads(body.for_decode(TO_D)) == fields | {"kv_transfer_params": FOR_D}
     alone = {name: value for name, value in fields.items() if name != "kv_transfer_params"}
     assert json.loads(body.for_decode_alone()) == alone
 
@@ -147,13 +150,13 @@ def test_what_cannot_be_split_names_the_field(name: str) -> None:
 def test_decode_leg_keeps_the_clients_very_bytes() -> None:
     raw = b' { "prompt" : "h\\u00e9 \xc3\xa9", "x": 1.50, "big": 123456789012345678901234567890, "e": 1E2 } \n'
     body = parse_body(raw, is_chat=False)
-    assert body.for_decode("t", "p:1").startswith(raw.rstrip()[:-1])
-    assert b'"h\\u00e9 \xc3\xa9"' in body.for_prefill("t", "d:1")
-    assert b"1.50" in body.for_prefill("t", "d:1")
+    assert body.for_decode(TO_D).startswith(raw.rstrip()[:-1])
+    assert b'"h\\u00e9 \xc3\xa9"' in body.for_prefill(TO_P)
+    assert b"1.50" in body.for_prefill(TO_P)
 
 
 def test_empty_object_is_a_body() -> None:
-    assert json.loads(parse_body(b"{ }", is_chat=False).for_decode("t", "p:1")) == {"kv_transfer_params": FOR_D}
+    assert json.loads(parse_body(b"{ }", is_chat=False).for_decode(TO_D)) == {"kv_transfer_params": FOR_D}
 
 
 @pytest.mark.parametrize(
@@ -177,8 +180,8 @@ VALUES = st.recursive(
 )
 def test_any_object_comes_through_with_one_set_of_parameters(fields: dict[str, Any], chat: bool, indent: int) -> None:
     body = parse_body(json.dumps(fields, indent=indent or None).encode(), chat)
-    assert json.loads(body.for_decode("t", "p:1")) == fields | {"kv_transfer_params": FOR_D}
-    for_prefill = json.loads(body.for_prefill("t", "d:1"))
+    assert json.loads(body.for_decode(TO_D)) == fields | {"kv_transfer_params": FOR_D}
+    for_prefill = json.loads(body.for_prefill(TO_P))
     assert for_prefill["kv_transfer_params"] == FOR_P
     assert for_prefill["max_tokens"] == 1
     assert "kv_transfer_params" not in json.loads(body.for_decode_alone())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import msgspec
 import pytest
 import zmq
@@ -9,6 +12,7 @@ from tests.proxy.scripted import Cluster, ScriptedInstance, cluster, eventually
 
 from twolane.config import ProxySettings
 from twolane.errors import ConfigError
+from twolane.protocol import Registration, sign_registration
 from twolane.proxy.pool import State
 from twolane.proxy.service import Service
 
@@ -54,15 +58,6 @@ async def test_leaving_instance_says_so_and_gets_nothing_new() -> None:
         assert not c.p.calls
 
 
-async def test_old_p2pnccl_registration_is_listed_as_unsupported() -> None:
-    async with cluster(0, 0) as c:
-        old = {"type": "P", "http_address": "127.0.0.1:1", "zmq_address": "127.0.0.1:2"}
-        send_raw(c, msgspec.msgpack.encode(old))
-        await eventually(lambda: len(c.service.pool) == 1)
-        (instance,) = (await c.stats())["instances"]
-        assert (instance["kind"], instance["state"]) == ("p2pnccl", "unsupported")
-
-
 async def test_garbage_is_ignored_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     good = {"type": "D", "http_address": "127.0.0.1:1", "zmq_address": "127.0.0.1:2", "kind": "twolane", "new": 1}
     bad = [b"", b"\xc1", msgspec.msgpack.encode([1]), msgspec.msgpack.encode(good | {"type": "X"})]
@@ -80,7 +75,8 @@ async def test_address_off_loopback_is_refused(caplog: pytest.LogCaptureFixture)
         send_raw(c, *map(msgspec.msgpack.encode, far), msgspec.msgpack.encode(good))
         await eventually(lambda: len(c.service.pool) == 1)
         assert [i.address for i in c.service.pool] == ["localhost:1"]
-        assert "loopback" in caplog.text
+        assert "allowed network" in caplog.text
+        assert (await c.stats())["registrations_refused"] == 3
 
 
 async def test_restarted_instance_with_the_same_identity_is_heard() -> None:
@@ -97,3 +93,56 @@ async def test_discovery_port_in_use_is_named() -> None:
         port = c.service.discovery_port
         with pytest.raises(ConfigError, match=rf"discovery port {port} .*pid \d+.*--discovery-port"):
             await Service(ProxySettings(http_port=0, discovery_port=port)).__aenter__()
+
+
+SECRET = "between us"
+GOOD = Registration("D", "127.0.0.1:1", "127.0.0.1:2", "twolane", "e")
+
+
+async def test_signed_registration_is_taken_and_all_others_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    now = time.time()
+    forged = [
+        GOOD,
+        sign_registration(GOOD, "guess", now),
+        sign_registration(GOOD, SECRET, now - 3600),  # recorded an hour ago
+        msgspec.structs.replace(sign_registration(GOOD, SECRET, now), http_address="127.0.0.1:6"),
+        msgspec.structs.replace(sign_registration(GOOD, SECRET, now - 3600), sent_at=now),
+    ]
+    async with cluster(0, 0, registration_secret=SECRET) as c:
+        send_raw(c, *map(msgspec.msgpack.encode, forged))
+        await eventually(lambda: "shared secret" in caplog.text)
+        send_raw(c, msgspec.msgpack.encode(sign_registration(GOOD, SECRET, now)))
+        await eventually(lambda: len(c.service.pool) == 1)
+        assert (await c.stats())["registrations_refused"] == len(forged)
+
+
+async def test_only_allowed_networks_may_be_named() -> None:
+    async with cluster(0, 0, allowed_networks=("10.1.0.0/16", "fd00::/8")) as c:
+        near, far = ("10.1.2.3:80", "[fd00::1]:80"), ("10.2.0.1:80", "127.0.0.1:80", "[::1]:80", "localhost:80")
+        pairs = [(a, near[0]) for a in far] + [(near[0], a) for a in far] + [(a, a) for a in near]
+        registrations = [Registration("D", http, control, "twolane") for http, control in pairs]
+        send_raw(c, *map(msgspec.msgpack.encode, registrations))
+        await eventually(lambda: len(c.service.pool) == 2)
+        assert {i.address for i in c.service.pool} == set(near)
+        assert (await c.stats())["registrations_refused"] == 2 * len(far)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"discovery_host": "0.0.0.0"}, "shared secret"), ({"allowed_networks": ("10.0.0.1/8",)}, "10.0.0.1/8")],  # noqa: S104
+)
+async def test_open_or_senseless_discovery_is_refused_at_start(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        await Service(ProxySettings(http_port=0, discovery_port=0, **settings)).__aenter__()
+
+
+async def test_hung_instance_is_found_ejected_and_taken_back() -> None:
+    async with cluster(1, 2, health_ready_every_s=0.05, health_timeout_s=0.05) as c:
+        victim = c.decodes[0]
+        victim.hung = True  # its port still takes connections
+        await eventually(lambda: c.view(victim).state is State.EJECTED)
+        assert "health probes" in c.view(victim).reason
+        assert (await c.complete()).status_code == 200
+        assert not victim.calls
+        victim.hung = False
+        await eventually(lambda: c.view(victim).state is State.READY)

@@ -268,18 +268,6 @@ async def test_one_info_line_a_request(caplog: pytest.LogCaptureFixture) -> None
         assert " outcome=ok " in line
 
 
-async def test_models_are_relayed_from_a_decode_instance() -> None:
-    async with cluster() as c:
-        answered = await c.http.get("/v1/models")
-        assert answered.json()["data"][0]["id"] == MODEL
-        head = await c.http.head("/v1/models")
-        assert head.status_code == 200
-        assert head.content == b""
-        assert int(head.headers["content-length"]) == len(answered.content)
-        posted = await c.http.post("/tokenize?x=1", json={"prompt": "x"})
-        assert posted.json()["path"] == "/tokenize?x=1"
-
-
 async def test_many_at_once_over_kept_connections() -> None:
     async with cluster(2, 2) as c:
         limits = httpx.Limits(max_connections=64)
@@ -302,3 +290,32 @@ async def test_keep_alive_connection_serves_one_request_after_another() -> None:
             assert status == 200
             assert (await c.d.call(number)).json["prompt"] == str(number)
         writer.close()
+
+
+async def test_slow_reader_slows_nobody_else() -> None:
+    async def pour(call: Call) -> None:
+        if call.json.get("user") != "slow":
+            await answer(call)
+            return
+        call.start_stream()
+        while not call.gone.is_set():
+            await call.send(b"data: " + b"x" * 65536 + b"\n\n")
+
+    async with cluster() as c:
+        c.d.behave = pour
+        writers = []
+        body = json.dumps({"model": MODEL, "prompt": "x", "stream": True, "user": "slow"}).encode()
+        for _ in range(8):
+            _, writer = await c.connect()
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            writers.append(writer)
+        await c.d.call(7)
+        await asyncio.sleep(0.3)  # by now every buffer on the way is full
+        began_at = time.monotonic()
+        for _ in range(20):
+            assert (await c.complete(stream=True)).status_code == 200
+        assert time.monotonic() - began_at < 1.0
+        for writer in writers:
+            writer.transport.abort()

@@ -198,3 +198,66 @@ async def test_memory_of_ended_requests_is_bounded() -> None:
         assert stats["requests"] == {"/v1/models": {"ok": 150}}
         writer.close()
         await eventually(lambda: proxy.process.returncode is None)
+
+
+async def cli(*arguments: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "twolane.cli", "proxy", *arguments, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(20):
+        _, errors = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, errors.decode()
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--discovery-port"])
+async def test_command_with_a_port_in_use_fails_and_names_the_holder(flag: str) -> None:
+    other = {"--http-port": "--discovery-port", "--discovery-port": "--http-port"}[flag]
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        code, errors = await cli(flag, str(port), other, str(free_port()))
+    assert code == 2
+    assert f"port {port} is in use by" in errors
+    assert f"(pid {os.getpid()})" in errors
+    assert flag in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--prefill", "http://127.0.0.1:1"], "control address"),
+        (["--policy", "whim"], "least_loaded"),
+        (["--kv", "magic"], "p2pnccl"),
+        (["--discovery-host", "0.0.0.0"], "secret"),  # noqa: S104
+        (["--api-key-file", "/nonexistent"], "/nonexistent"),
+        (["--max-in-flight", "0"], "max-in-flight"),
+    ],
+)
+async def test_command_names_a_wrong_flag(arguments: list[str], word: str) -> None:
+    code, errors = await cli("--http-port", "0", "--discovery-port", "0", *arguments)
+    assert code == 2
+    assert word in errors
+
+
+async def test_command_serves_static_instances_and_its_exit_code_tells_how_it_ended() -> None:
+    decode = await ScriptedInstance("D").start()
+    port = free_port()
+    arguments = ["--http-port", str(port), "--discovery-port", "0", "--kv", "nixl", "--api-key", "sesame"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "twolane.cli", "proxy", *arguments, "--decode", f"http://{decode.address}",
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    proxy = Running(process, port, decode)
+    try:
+        await proxy.read_log_until(b"state=ready")
+        reader, writer = await proxy.connect()
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\n\r\n")
+        assert (await read_answer(reader))[0] == 200
+        process.terminate()
+        assert await proxy.exit_code() == 0
+        writer.close()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+        await decode.stop()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import msgspec
 import zmq
 
-from twolane.protocol import REGISTER_EVERY_S, Registration, encode
+from twolane.protocol import REGISTER_EVERY_S, Registration, encode, sign_registration
 
 
 class Registrar:
@@ -16,8 +17,12 @@ class Registrar:
     Used by the agent's thread alone.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], discovery_address: str, me: Registration) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], discovery_address: str, me: Registration, secret: str = ""
+    ) -> None:
+        """`secret`: what the proxy wants registrations signed with; empty: not signed."""
         self._me = me
+        self._secret = secret
         self._next_s = 0.0
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, me.zmq_address.encode())
@@ -37,6 +42,8 @@ class Registrar:
         self._socket.close(linger=200)  # ms
 
     def _send(self, registration: Registration) -> bool:
+        if self._secret:
+            registration = sign_registration(registration, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(registration), zmq.NOBLOCK)
             return True

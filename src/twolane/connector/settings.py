@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -15,6 +16,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `host`: address the control socket binds, and by which the other side reaches it.
     `http_address`: this instance's own HTTP server, for the registration; empty: don't register.
     `discovery_address`: the proxy's ZMQ socket; empty: don't register.
+    `registration_secret_file`: the secret to sign registrations with, where the proxy demands one.
     `lease_s`: how long P keeps the blocks of a finished request without a word from D.
     `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.
     `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
@@ -25,12 +27,25 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     host: str = "127.0.0.1"
     http_address: str = ""
     discovery_address: str = ""
+    registration_secret_file: str = ""
     lease_s: float = 30.0
     peer_timeout_s: float = 10.0
     transfer_timeout_s: float = 300.0
     slot_bytes: int = 8 << 20
     num_slots: int = 8
     fault: Literal["", "zero_kv"] = ""
+
+
+def read_secret(path: str) -> str:
+    """The first line that isn't empty or a comment, as the proxy reads it. ConfigError names the file."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"registration_secret_file {path}: {error.strerror}") from error
+    secret = next((line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")), "")
+    if not secret:
+        raise ConfigError(f"registration_secret_file {path} holds no secret: put one into its first line")
+    return secret
 
 
 def parse_settings(extra_config: dict[str, Any]) -> ConnectorSettings:

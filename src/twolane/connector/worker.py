@@ -14,7 +14,7 @@ from twolane.connector.layout import KVLayout, layout_of
 from twolane.connector.plan import StepPlan
 from twolane.connector.prefill_agent import PrefillAgent
 from twolane.connector.register import Registrar
-from twolane.connector.settings import ConnectorSettings
+from twolane.connector.settings import ConnectorSettings, read_secret
 from twolane.connector.transport.copier import copier_for
 from twolane.connector.transport.shm import ShmReceiver, ShmSender
 from twolane.errors import ConfigError
@@ -56,7 +56,8 @@ def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[b
         kind="twolane",
         epoch=epoch,
     )
-    return Registrar(context, settings.discovery_address, me)
+    secret = read_secret(settings.registration_secret_file) if settings.registration_secret_file else ""
+    return Registrar(context, settings.discovery_address, me, secret)
 
 
 def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> PrefillAgent:

@@ -183,7 +183,7 @@ def _kv_config(settings: Settings, role: str, http_port: int, kv_port: int) -> d
         "kv_connector_extra_config": {
             "host": "127.0.0.1",
             "http_address": f"127.0.0.1:{http_port}",
-            "discovery_address": f"{reachable(settings.host)}:{settings.discovery_port}",
+            "discovery_address": f"127.0.0.1:{settings.discovery_port}",  # on loopback, whatever the proxy's HOST
         },
     }
 

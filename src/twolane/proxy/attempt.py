@@ -1,34 +1,34 @@
-"""One try at a request: both legs sent at once to one P and one D, until there is a verdict."""
+"""One try at a request: its legs sent to one P and one D in the order of their kind, until there is a verdict."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from dataclasses import dataclass
 from time import monotonic
+
+import msgspec
 
 from twolane.config import ProxySettings
 from twolane.errors import StaleConnectionError, UpstreamConnectionError, UpstreamError, UpstreamTimeoutError
 from twolane.proxy.body import SplitBody
+from twolane.proxy.histogram import Histogram
 from twolane.proxy.http_client import Exchange, HttpClient, request_bytes
+from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.legs import DecodeLeg, PrefillLeg, Verdict, judge
-from twolane.proxy.policy import Route
+from twolane.proxy.policy import Ask, Route, Router
 from twolane.proxy.pool import Instance, Pool, Ticket
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What a client wants of an instance, ready to be sent to any. Without `body` it is a plain relay to D."""
 
     method: str
     target: bytes
-    headers: bytes  # encoded lines that both legs get
+    headers: bytes  # encoded lines that both legs get, without X-Request-Id
+    request_id: str
+    ask: Ask
     body: SplitBody | None = None
     raw: bytes = b""
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.body.raw) if self.body is not None else len(self.raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,23 @@ class Upstreams:
     settings: ProxySettings
     pool: Pool
     client: HttpClient
+    router: Router
+    gaps: Histogram  # between the arrivals of a stream's bytes
 
 
 class Attempt:
     """Owns two exchanges, their deadlines and the instances' counts; `close` ends all of it, at any time.
 
-    Deadlines fail their leg, so that a late leg is judged like a broken one.
+    Where D's leg waits for P's answer, it is sent from the callback that brings that answer's end. Deadlines fail
+    their leg, so that a late leg is judged like a broken one.
     """
 
     def __init__(self, job: Job, route: Route, upstreams: Upstreams) -> None:
         self.route = route
-        self.transfer_id = uuid.uuid4().hex if route.prefill is not None else ""
+        self._handover = HANDOVERS[route.decode.kind]
+        self.transfer_id = ""
+        if route.prefill is not None:
+            self.transfer_id = self._handover.transfer_id(route.prefill, route.decode)
         self._job = job
         self._settings = upstreams.settings
         self._pool = upstreams.pool
@@ -59,34 +65,50 @@ class Attempt:
         self._tickets: list[Ticket] = []
         self.prefill: PrefillLeg | None = None
         self._prefill_exchange: Exchange | None = None
-        self.decode = DecodeLeg(f"decode instance {route.decode.address}", self._changed)
+        self.decode = DecodeLeg(f"decode instance {route.decode.address}", self._changed, upstreams.gaps)
+        self.decode_exchange: Exchange | None = None
+        self._first_byte_timer: asyncio.TimerHandle | None = None
         self._blamed: set[Instance] = set()
+        self._closed = False
 
     def send(self) -> None:
-        """Sends both legs. Returns without waiting."""
-        settings = self._settings
-        prefill_body, decode_body = self._bodies()
-        if self.route.prefill is not None:
-            leg = PrefillLeg(f"prefill instance {self.route.prefill.address}", self._changed)
-            self.prefill = leg
-            self._prefill_exchange = self._open(self.route.prefill, prefill_body, leg)
-            self._deadline(leg, settings.prefill_timeout_s, "prefill")
-        self.decode_exchange = self._open(self.route.decode, decode_body, self.decode)
-        self._first_byte_timer = self._deadline(self.decode, settings.first_byte_timeout_s, "first byte")
+        """Sends both legs, or P's if D's has to wait for its answer. Returns without waiting."""
+        prefill = self.route.prefill
+        if prefill is not None:
+            self._send_prefill(prefill)
+        if prefill is None or not self._handover.prefill_first:
+            self._send_decode(b"")
 
-    def _bodies(self) -> tuple[bytes, bytes]:
-        body, prefill, decode = self._job.body, self.route.prefill, self.route.decode
+    def _send_prefill(self, prefill: Instance) -> None:
+        assert self._job.body is not None
+        leg = PrefillLeg(f"prefill instance {prefill.address}", self._changed, self._handover.reads_prefill)
+        self.prefill = leg
+        body = self._handover.for_prefill(self._job.body, self.transfer_id, self.route.decode)
+        self._prefill_exchange = self._open(prefill, body, leg)
+        self._deadline(leg, self._settings.prefill_timeout_s, "prefill")
+
+    def _send_decode(self, answer: bytes) -> None:
+        """Raises UpstreamError if P's answer makes no sense."""
+        body = self._decode_body(answer)
+        self.decode_exchange = self._open(self.route.decode, body, self.decode)
+        self._first_byte_timer = self._deadline(self.decode, self._settings.first_byte_timeout_s, "first byte")
+
+    def _decode_body(self, answer: bytes) -> bytes:
+        body, prefill = self._job.body, self.route.prefill
         if body is None:
-            return b"", self._job.raw
+            return self._job.raw
         if prefill is None:
-            return b"", body.for_decode_alone()
-        for_prefill = body.for_prefill(self.transfer_id, decode.control_address)
-        return for_prefill, body.for_decode(self.transfer_id, prefill.control_address)
+            return body.for_decode_alone()
+        return self._handover.for_decode(body, self.transfer_id, prefill, answer)
 
     def _open(self, instance: Instance, body: bytes, leg: PrefillLeg | DecodeLeg) -> Exchange:
         job = self._job
-        self._tickets.append(Ticket(instance, job.num_bytes))
-        request = request_bytes(job.method, job.target, instance.address, job.headers, body)
+        self._tickets.append(Ticket(instance, job.ask.num_tokens))
+        request_id = job.request_id
+        if self.transfer_id:
+            request_id = self._handover.request_id(self.transfer_id, request_id)
+        headers = b"%bx-request-id: %b\r\n" % (job.headers, request_id.encode("ascii"))
+        request = request_bytes(job.method, job.target, instance.address, headers, body)
         return self._client.send(instance.address, request, leg)
 
     def _deadline(self, leg: PrefillLeg | DecodeLeg, timeout_s: float, what: str) -> asyncio.TimerHandle:
@@ -100,14 +122,24 @@ class Attempt:
         if self.prefill is not None:
             if self.prefill.settled.done():
                 self._tickets[0].give_back()
+                self._prefill_settled(self.prefill)
             self._blame(self.route.prefill, self.prefill.state.error)
         self._blame(self.route.decode, self.decode.state.error)
-        if self.decode.state.begun:
+        if self.decode.state.begun and self._first_byte_timer is not None:
             self._first_byte_timer.cancel()
         if not self._judged.done():
             verdict = judge(self.prefill.state if self.prefill else None, self.decode.state)
             if verdict is not Verdict.WAIT:
                 self._judged.set_result(verdict)
+
+    def _prefill_settled(self, leg: PrefillLeg) -> None:
+        """It is D's turn, if it wasn't before, and if P's answer is a good one."""
+        if self.decode_exchange is not None or self._closed or leg.done_at is None:
+            return
+        try:
+            self._send_decode(leg.body)
+        except UpstreamError as error:
+            leg.state.error = error
 
     def _blame(self, instance: Instance | None, error: UpstreamError | None) -> None:
         """A broken connection takes the instance out at once, also if this request no longer needs it."""
@@ -137,10 +169,15 @@ class Attempt:
 
     def close(self) -> None:
         """Cuts what is still open. Idempotent."""
+        self._closed = True
+        self.decode.forget()
+        if self.prefill is not None:
+            self.prefill.forget()
         for timer in self._timers:
             timer.cancel()
         if self._prefill_exchange is not None:
             self._prefill_exchange.close()
-        self.decode_exchange.close()
+        if self.decode_exchange is not None:
+            self.decode_exchange.close()
         for ticket in self._tickets:
             ticket.give_back()

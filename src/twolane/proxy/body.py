@@ -12,12 +12,9 @@ model), the prompts differ, P refuses the transfer by its digest, and D computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from twolane.errors import BadRequestError
-from twolane.protocol import HandoffParams
 
 Fields = dict[str, msgspec.Raw]
 
@@ -60,31 +57,49 @@ _NOT_FOR_PREFILL = frozenset(
         "top_p",
     )
 )
+# Without one of these only the number of prompts speaks against it: most bodies need no closer look.
+_MAY_NOT_SPLIT = frozenset(
+    ("n", "best_of", "use_beam_search", "prompt_embeds", "prompt_logprobs", "echo", "truncate_prompt_tokens")
+)
 _ONE = msgspec.Raw(b"1")
 _NULL = msgspec.Raw(b"null")
 # One greedy token: no sorting of the vocabulary, no random state.
-_FOR_PREFILL: Fields = {
-    "max_tokens": _ONE,
-    "stream": msgspec.Raw(b"false"),
-    "n": _ONE,
-    "temperature": msgspec.Raw(b"0"),
-}
+_ONE_TOKEN: Fields = {"max_tokens": _ONE, "stream": msgspec.Raw(b"false")}
+_FOR_PREFILL: Fields = {**_ONE_TOKEN, "n": _ONE, "temperature": msgspec.Raw(b"0")}
+_BEGINNING_BYTES = 1024
+_BYTES_A_TOKEN = 4  # of text, roughly, in the languages and tokenizers that are common
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
 _encode = msgspec.json.encode
 
 
-@dataclass(frozen=True, slots=True)
-class SplitBody:
+class SplitBody(msgspec.Struct, frozen=True):
     """A client's body. `whole_because` names the field for which it can't be split, or is empty."""
 
     raw: bytes
     fields: Fields
     stream: bool
     whole_because: str
+    num_prompt_tokens: int  # token ids are counted, text is estimated
 
-    def for_prefill(self, transfer_id: str, decode_address: str) -> bytes:
-        """The least work that fills the KV cache. `decode_address` is D's control address."""
+    def for_prefill(self, params: object = None, **more: object) -> bytes:
+        """The least work that fills the KV cache. `params` are the `kv_transfer_params`, if the kind has any."""
+        fields: dict[str, object] = dict(more)
+        fields.update(self._prompt_fields())
+        if params is not None:
+            fields[KV_PARAMS] = params
+        return _encode(fields)
+
+    def for_prefill_of_all(self) -> bytes:
+        """For a body that can't be split, on its way to a D that can't do without P: every prompt, every choice."""
+        fields = {name: value for name, value in self.fields.items() if name not in (KV_PARAMS, "stream_options")}
+        fields.update(_ONE_TOKEN)
+        if "max_completion_tokens" in fields:
+            fields["max_completion_tokens"] = _ONE
+        fields.pop("min_tokens", None)
+        return _encode(fields)
+
+    def _prompt_fields(self) -> Fields:
         fields = {name: value for name, value in self.fields.items() if name not in _NOT_FOR_PREFILL}
         fields.update(_FOR_PREFILL)
         if "max_completion_tokens" in fields:
@@ -93,12 +108,10 @@ class SplitBody:
             # Null renders the tools into the prompt like `auto` and `required` do, without a grammar and without
             # vLLM's check for --enable-auto-tool-choice. `none` stays: an instance may be told to leave tools out then.
             fields["tool_choice"] = _NULL
-        params = HandoffParams(transfer_id, decode_address, do_remote_decode=True)
-        return _encode({**fields, KV_PARAMS: params})
+        return fields
 
-    def for_decode(self, transfer_id: str, prefill_address: str) -> bytes:
-        """The body as it came, and where the KV comes from. `prefill_address` is P's control address."""
-        params = HandoffParams(transfer_id, prefill_address, do_remote_prefill=True)
+    def for_decode(self, params: object) -> bytes:
+        """The body as it came, and where the KV comes from."""
         if KV_PARAMS in self.fields:
             return _encode({**self.fields, KV_PARAMS: params})
         separator = b"," if self.fields else b""
@@ -112,15 +125,47 @@ class SplitBody:
             return self.raw
         return _encode({name: value for name, value in self.fields.items() if name != KV_PARAMS})
 
+    def prompt_beginning(self) -> bytes:
+        """The same for prompts that begin the same; for a chat, in every turn."""
+        messages = self.fields.get("messages")
+        if messages is None:
+            return bytes(memoryview(self.fields.get("prompt", b""))[:_BEGINNING_BYTES])
+        return _beginning_of_chat(messages)
+
 
 def parse_body(raw: bytes, is_chat: bool) -> SplitBody:
     """Raises BadRequestError if `raw` isn't a JSON object. What the fields hold is for the instances to judge."""
     try:
         fields = _decode_fields(raw)
         stream = _value(fields, "stream") is True
-        return SplitBody(raw, fields, stream, _why_whole(fields, is_chat))
+        return SplitBody(raw, fields, stream, _why_whole(fields, is_chat), _count_tokens(fields, is_chat))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise BadRequestError(f"the request's body is not a JSON object: {error}") from error
+
+
+def _count_tokens(fields: Fields, is_chat: bool) -> int:
+    """A list of token ids holds one more than it has commas."""
+    raw = fields.get("messages" if is_chat else "prompt")
+    if raw is None:
+        return 0
+    start = b"" if is_chat else bytes(memoryview(raw)[:64]).replace(b"[", b" ").lstrip()
+    if start[:1].isdigit():
+        return bytes(raw).count(b",") + 1
+    return len(memoryview(raw)) // _BYTES_A_TOKEN
+
+
+def _beginning_of_chat(messages: msgspec.Raw) -> bytes:
+    """Up to the first user's message: what follows differs from turn to turn."""
+    try:
+        parts = msgspec.json.decode(messages, type=list[msgspec.Raw])
+    except msgspec.DecodeError:
+        return b""
+    beginning = b""
+    for part in parts:
+        beginning += bytes(part)
+        if len(beginning) >= _BEGINNING_BYTES or b'"user"' in bytes(part):
+            break
+    return beginning[:_BEGINNING_BYTES]
 
 
 def _is_none_choice(choice: msgspec.Raw | None) -> bool:
@@ -134,6 +179,8 @@ def _value(fields: Fields, name: str) -> object:
 
 def _why_whole(fields: Fields, is_chat: bool) -> str:
     """The field for which P and D can't share this request; empty if they can."""
+    if _MAY_NOT_SPLIT.isdisjoint(fields):
+        return "prompt" if not is_chat and _has_many_prompts(fields) else ""
     limit = _value(fields, "truncate_prompt_tokens")
     reasons = {
         # Several answers from one prompt are several requests in the engine; one transfer fills one of them.

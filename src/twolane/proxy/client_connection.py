@@ -159,11 +159,10 @@ class ClientConnection(asyncio.Protocol):
         phase = self._reader.phase
         if phase is self._deadline_phase:
             return
-        timeout_s = {
-            Phase.IDLE: self._settings.idle_timeout_s,
-            Phase.HEAD: self._settings.head_timeout_s,
-            Phase.BODY: self._settings.body_timeout_s,
-        }[phase]
+        if phase is Phase.IDLE:
+            timeout_s = self._settings.idle_timeout_s
+        else:
+            timeout_s = self._settings.head_timeout_s if phase is Phase.HEAD else self._settings.body_timeout_s
         self._deadline_phase = phase
         self._deadline = monotonic() + timeout_s
 

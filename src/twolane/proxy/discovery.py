@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from time import monotonic
+from time import monotonic, time
 
 import msgspec
 import zmq
 
 from twolane.config import ProxySettings
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, decode_registration, split_address
+from twolane.protocol import Registration, decode_registration, is_signed, split_address
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import port_in_use
+from twolane.proxy.stats import Stats
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +29,17 @@ _COMPLAIN_EVERY_S = 10.0
 class Discovery:
     """Owns the ROUTER socket, which is read from the event loop's callbacks; nothing here blocks."""
 
-    def __init__(self, settings: ProxySettings, pool: Pool) -> None:
+    def __init__(self, settings: ProxySettings, pool: Pool, stats: Stats) -> None:
+        """Raises ConfigError if anybody could register, or a network is not one."""
+        if not is_loopback(settings.discovery_host) and not settings.registration_secret:
+            raise ConfigError(
+                f"registrations at {settings.discovery_host} need a shared secret (--registration-secret-file), "
+                "or anybody who can reach that address could have prompts sent to itself"
+            )
         self._settings = settings
         self._pool = pool
-        self._loopback_only = is_loopback(settings.host)
+        self._stats = stats
+        self._networks = [parse_network(text) for text in settings.allowed_networks]
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._complain_after = 0.0
@@ -38,7 +48,7 @@ class Discovery:
 
     def bind(self) -> None:
         """Raises ConfigError if the port is taken."""
-        host, port = self._settings.host, self._settings.discovery_port
+        host, port = self._settings.discovery_host, self._settings.discovery_port
         socket = self._socket
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
@@ -91,17 +101,20 @@ class Discovery:
             registration = decode_registration(frames[-1])
             self._check(registration)
         except (msgspec.MsgspecError, ValueError) as error:
+            self._stats.num_registrations_refused += 1
             self._complain(f"from {frames[0][:64]!r}: {error}")
             return
         self._pool.register(registration, monotonic())
 
     def _check(self, registration: Registration) -> None:
-        host, _ = split_address(registration.http_address)
-        split_address(registration.zmq_address)
-        if self._loopback_only and not is_loopback(host):
-            raise ValueError(
-                f"{registration.http_address} is not on this machine's loopback, to which the proxy is bound"
-            )
+        """Raises ValueError, which says what is wrong with it."""
+        secret = self._settings.registration_secret
+        if secret and not is_signed(registration, secret, time()):
+            raise ValueError(f"{registration.http_address} did not sign with the shared secret, or its clock is off")
+        for address in (registration.http_address, registration.zmq_address):
+            host, _ = split_address(address)
+            if not is_allowed(host, self._networks):
+                raise ValueError(f"{address} is in no allowed network; see --allow-network")
 
     def _complain(self, what: str) -> None:
         """Logs, but not for everyone who can send garbage at will."""
@@ -112,6 +125,23 @@ class Discovery:
         logger.warning('registration refused reason="%s" more_not_logged=%d', what, self._num_unlogged)
         self._complain_after = now + _COMPLAIN_EVERY_S
         self._num_unlogged = 0
+
+
+def parse_network(text: str) -> Network:
+    """Raises ConfigError."""
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no network such as 10.0.0.0/8: {error}") from error
+
+
+def is_allowed(host: str, networks: list[Network]) -> bool:
+    """Names are refused, whatever they may mean at the moment, but for `localhost`."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return False
+    return any(address in network for network in networks)
 
 
 def is_loopback(host: str) -> bool:

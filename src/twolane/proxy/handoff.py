@@ -6,11 +6,12 @@ import asyncio
 import logging
 from time import monotonic
 
-from twolane.errors import BadRequestError, NoInstanceError, StaleConnectionError, UpstreamError
+from twolane.errors import NoInstanceError, StaleConnectionError, TooBusyError, TwoLaneError, UpstreamError
 from twolane.proxy.attempt import Attempt, Job, Upstreams
-from twolane.proxy.headers import Headers, end_to_end
+from twolane.proxy.headers import HOP_BY_HOP, Headers, end_to_end
 from twolane.proxy.legs import Verdict
-from twolane.proxy.policy import MAX_ATTEMPTS, Route, Tried, choose_route
+from twolane.proxy.policy import MAX_ATTEMPTS, Route, Tried
+from twolane.proxy.pool import Pool
 from twolane.proxy.relay import ClientTooSlowError, Relay
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, log_request
@@ -74,24 +75,20 @@ class Handoff:
     def _route(self) -> Route:
         """Raises NoInstanceError, or the last attempt's UpstreamError, if nobody is left to ask."""
         pool = self._upstreams.pool
-        body = self._job.body
-        split = body is not None and not body.whole_because
         if self._tried.attempts < MAX_ATTEMPTS:
-            route = choose_route(pool.ready("P"), pool.ready("D"), self._tried, split)
+            route = self._upstreams.router.route(pool.ready("P"), pool.ready("D"), self._tried, self._job.ask)
             if route is not None:
                 return route
-        raise self._last_error or NoInstanceError("no decode instance is ready; try again soon")
+        raise self._last_error or _nobody_left(pool)
 
     def _note(self, attempt: Attempt) -> None:
-        record, route, body = self._record, attempt.route, self._job.body
+        record, route = self._record, attempt.route
         self._tried.attempts += 1
         record.attempts += 1
         record.transfer_id = attempt.transfer_id
         record.decode = route.decode.address
         record.prefill = route.prefill.address if route.prefill is not None else ""
-        if body is not None and route.prefill is None:
-            unsplit = f"body:{body.whole_because}" if body.whole_because else ""
-            record.alone_because = unsplit or ("prefill_failed" if self._last_error else "no_prefill")
+        record.alone_because = route.alone_because
 
     def _learn(self, verdict: Verdict, attempt: Attempt) -> None:
         """Draws the conclusion from a failed attempt, before the next."""
@@ -135,7 +132,7 @@ class Handoff:
         leg = attempt.prefill
         assert leg is not None
         self._record.outcome = "rejected"
-        headers = end_to_end(leg.headers, frozenset((b"x-request-id",))) + self._headers
+        headers = end_to_end(leg.headers, HOP_BY_HOP | {b"x-request-id"}) + self._headers
         self._responder.send(leg.state.status, headers, leg.body)
 
     def _note_times(self, attempt: Attempt) -> None:
@@ -149,10 +146,18 @@ class Handoff:
         self._stats.ended(self._record)
 
 
-def reject(error: BadRequestError, responder: Responder, record: RequestRecord, stats: Stats) -> None:
-    """Answers a request that never became a job."""
+def _nobody_left(pool: Pool) -> NoInstanceError:
+    if pool.ready("D"):
+        why = "this request needs a prefill instance of the decode instances' kind, and none is ready"
+    else:
+        why = "no decode instance is ready"
+    return NoInstanceError(f"{why}; try again soon")
+
+
+def reject(error: TwoLaneError, responder: Responder, record: RequestRecord, stats: Stats) -> None:
+    """Answers a request that never got as far as an instance."""
     responder.send_error(error, [(b"x-request-id", record.request_id.encode("latin-1"))])
-    record.outcome = "rejected"
+    record.outcome = "rejected" if error.status != TooBusyError.status else "too_busy"
     record.status = error.status
     record.ended_at = monotonic()
     stats.ended(record)

@@ -33,10 +33,11 @@ def find(headers: Headers, name: bytes) -> bytes | None:
     return None
 
 
-def end_to_end(headers: Headers, dropped: frozenset[bytes] = frozenset()) -> Headers:
-    """`headers` without those meant for one connection only, and without `dropped`."""
-    named = connection_options(headers)
-    return [pair for pair in headers if pair[0] not in HOP_BY_HOP and pair[0] not in dropped and pair[0] not in named]
+def end_to_end(headers: Headers, dropped: frozenset[bytes] = HOP_BY_HOP) -> Headers:
+    """`headers` without those in `dropped` and those that a `Connection` field names. `dropped` holds HOP_BY_HOP."""
+    if find(headers, b"connection") is not None:
+        dropped |= connection_options(headers)
+    return [pair for pair in headers if pair[0] not in dropped]
 
 
 def connection_options(headers: Headers) -> frozenset[bytes]:

@@ -1,4 +1,4 @@
-"""Probes instances that are not ready, and forgets those that have gone silent."""
+"""Probes instances, often while they are not ready, and forgets those that have gone silent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 from time import monotonic
 
 from twolane.config import ProxySettings
-from twolane.errors import UpstreamError
+from twolane.errors import StaleConnectionError, UpstreamError, UpstreamTimeoutError
 from twolane.proxy.http_client import HttpClient, request_bytes
-from twolane.proxy.pool import Instance, Pool
+from twolane.proxy.pool import Instance, Pool, Probe
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,19 @@ class Health:
             pass
 
     async def _probe(self, instance: Instance, pool: Pool, client: HttpClient) -> None:
-        healthy = False
+        probe = Probe.HUNG  # also if it is cancelled: nothing is known then
         try:
             request = request_bytes("GET", b"/health", instance.address, b"")
             head, _ = await client.fetch(instance.address, request, self._settings.health_timeout_s)
-            healthy = head.status == 200
+            probe = Probe.HEALTHY if head.status == 200 else Probe.UNHEALTHY
+        except (UpstreamTimeoutError, StaleConnectionError) as error:
+            self._log(instance, error)
         except UpstreamError as error:
-            logger.debug('probe role=%s address=%s reason="%s"', instance.role, instance.address, error)
+            probe = Probe.UNHEALTHY
+            self._log(instance, error)
         finally:
-            pool.probed(instance, healthy, monotonic())
+            pool.probed(instance, probe, monotonic())
             self.wake()
+
+    def _log(self, instance: Instance, error: UpstreamError) -> None:
+        logger.debug('probe role=%s address=%s reason="%s"', instance.role, instance.address, error)

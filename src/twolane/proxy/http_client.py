@@ -21,10 +21,13 @@ _MAX_FETCHED_BYTES = 16 * 1024 * 1024
 
 
 class Listener(Protocol):
-    """What an exchange tells, in order: head, data..., then ended or failed, once. Nothing after `Exchange.close`."""
+    """What an exchange tells, in order: head, data..., then ended or failed, once. Nothing after `Exchange.close`.
+
+    `is_last`: `ended` follows in the same callback. False promises nothing.
+    """
 
     def head_received(self, head: ResponseHead) -> None: ...
-    def data_received(self, data: bytes) -> None: ...
+    def data_received(self, data: bytes, is_last: bool) -> None: ...
     def ended(self) -> None: ...
     def failed(self, error: UpstreamError) -> None: ...
 
@@ -204,7 +207,7 @@ class Whole:
     def head_received(self, head: ResponseHead) -> None:
         self._head = head
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes, is_last: bool) -> None:  # noqa: ARG002
         self._num_bytes += len(data)
         if self._num_bytes > _MAX_FETCHED_BYTES:
             self.failed(UpstreamError(f"an answer exceeds {_MAX_FETCHED_BYTES} bytes"))

@@ -13,6 +13,7 @@ from time import monotonic
 
 from twolane.errors import UpstreamError
 from twolane.proxy.headers import Headers, find
+from twolane.proxy.histogram import Histogram
 from twolane.proxy.upstream import ResponseHead
 
 _MAX_PREFILL_BODY_BYTES = 1024 * 1024
@@ -52,9 +53,9 @@ def judge(prefill: LegState | None, decode: LegState) -> Verdict:
 
 
 class PrefillLeg:
-    """Listens to P. A good answer is thrown away; a 4xx is kept, since it may be the client's."""
+    """Listens to P. A 4xx is kept, since it may be the client's; a good answer only if its kind `keeps_answer`."""
 
-    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, name: str, on_change: Callable[[], None], keeps_answer: bool = False) -> None:
         self.state = LegState()
         self.headers: Headers = []
         self.body = b""
@@ -62,6 +63,7 @@ class PrefillLeg:
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._name = name
         self._on_change = on_change
+        self._keeps_answer = keeps_answer
         self._num_bytes = 0
 
     def head_received(self, head: ResponseHead) -> None:
@@ -70,11 +72,11 @@ class PrefillLeg:
         if not (200 <= head.status < 300 or 400 <= head.status < 500):
             self.failed(UpstreamError(f"{self._name} answered {head.status}"))
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes, is_last: bool) -> None:  # noqa: ARG002
         self._num_bytes += len(data)
         if self._num_bytes > _MAX_PREFILL_BODY_BYTES:
             self.failed(UpstreamError(f"{self._name} answered more than {_MAX_PREFILL_BODY_BYTES} bytes"))
-        elif self.state.status >= 400:
+        elif self._keeps_answer or self.state.status >= 400:
             self.body += data
 
     def ended(self) -> None:
@@ -89,10 +91,18 @@ class PrefillLeg:
             self.state.error = error
             self._settle()
 
+    def forget(self) -> None:
+        """Nobody wants to know any more. Ends a cycle of references."""
+        self._on_change = _ignore
+
     def _settle(self) -> None:
         if not self.settled.done():
             self.settled.set_result(None)
         self._on_change()
+
+
+def _ignore() -> None:
+    pass
 
 
 @dataclass(slots=True)
@@ -116,14 +126,15 @@ class Held:
 class DecodeLeg:
     """Listens to D. Its answer is held until `sink` is set, then goes there straight from the socket's callback."""
 
-    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, name: str, on_change: Callable[[], None], gaps: Histogram) -> None:
         self.state = LegState()
+        self._gaps = gaps
         self.head: ResponseHead | None = None
         self.is_stream = False  # server-sent events
         self.held = Held()
         self.first_data_at: float | None = None
         self.last_data_at = 0.0
-        self.sink: Callable[[bytes], None] | None = None
+        self.sink: Callable[[bytes, bool], None] | None = None  # is told which bytes are the last
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_held: Callable[[], None] | None = None  # more is held
         self._name = name
@@ -142,10 +153,13 @@ class DecodeLeg:
             # vLLM sends this head when the answer is ready; a stream's head says only that the request is accepted.
             self._begin()
 
-    def data_received(self, data: bytes) -> None:
-        self.last_data_at = monotonic()
+    def data_received(self, data: bytes, is_last: bool) -> None:
+        now = monotonic()
+        gap_s, self.last_data_at = now - self.last_data_at, now
         if self.sink is not None:
-            self.sink(data)
+            if self.is_stream:
+                self._gaps.add(gap_s)
+            self.sink(data, is_last)
             return
         if self.state.error is not None:
             return
@@ -166,6 +180,11 @@ class DecodeLeg:
         if self.state.error is None and not self.state.ended:
             self.state.error = error
             self._settle()
+
+    def forget(self) -> None:
+        """Nobody wants to know any more. Ends a cycle of references."""
+        self._on_change = _ignore
+        self.sink = self.on_held = None
 
     def _begin(self) -> None:
         if not self.state.begun:

@@ -1,21 +1,40 @@
-"""Which instances serve a request. Pure."""
+"""Which instances serve a request. Nothing here waits or sends; only `RoundRobin` remembers anything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+from twolane.config import Policy, ProxySettings
+from twolane.protocol import Role
+from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.pool import Instance
 
 MAX_ATTEMPTS = 4
+# Affinity gives way when an instance has this much more to do than the one with the least.
+_OVERLOAD_FACTOR = 2
+_OVERLOAD_SLACK: dict[Role, int] = {"P": 8192, "D": 8}  # prompt tokens; requests
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where one attempt goes. Without P, D computes the prompt itself."""
+class Ask(msgspec.Struct, frozen=True):
+    """What the choice depends on."""
+
+    computes: bool = True  # False: any D can answer, without its engine (/v1/models, /tokenize)
+    splits: bool = True  # P and D can share it, as far as the path goes
+    alone_because: str = ""  # why they shouldn't, if they can
+    num_tokens: int = 0
+    beginning: bytes = b""  # of the prompt; read by prefix_affinity alone
+
+
+class Route(msgspec.Struct, frozen=True):
+    """Where one attempt goes. Without P, D computes the prompt itself, and `alone_because` says why."""
 
     decode: Instance
     prefill: Instance | None
+    alone_because: str = ""
 
 
 @dataclass(slots=True)
@@ -26,22 +45,103 @@ class Tried:
     failed: set[Instance] = field(default_factory=set)
 
 
-def choose_route(prefills: Iterable[Instance], decodes: Iterable[Instance], tried: Tried, split: bool) -> Route | None:
-    """None if no D is left. `split` is false if the request can't be shared between P and D."""
-    decode = least_loaded(i for i in decodes if i not in tried.failed)
-    if decode is None:
-        return None
-    # The last attempt goes the way on which the least can fail.
-    may_split = split and tried.attempts < MAX_ATTEMPTS - 1
-    prefill = least_loaded(i for i in prefills if i not in tried.failed) if may_split else None
-    return Route(decode, prefill)
+# Picks one of several instances (never none) of one role, for a prompt's beginning.
+Picker = Callable[[Sequence[Instance], bytes], Instance]
 
 
-def least_loaded(instances: Iterable[Instance]) -> Instance | None:
-    """P by prompt bytes in flight, D by requests in flight; among equals the one that has served least."""
-    return min(instances, key=_load, default=None)
+class Router:
+    """Chooses P and D by the settings' policy and limits."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self._pick = make_picker(settings.policy)
+        self._min_prefill_tokens = settings.min_prefill_tokens
+        self._max_prefill_queue = settings.max_prefill_queue
+        self.wants_beginning = settings.policy == "prefix_affinity"
+
+    def route(self, prefills: Sequence[Instance], decodes: Sequence[Instance], tried: Tried, ask: Ask) -> Route | None:
+        """None if nobody is left who could serve it."""
+        if tried.failed:
+            prefills = [i for i in prefills if i not in tried.failed]
+            decodes = [i for i in decodes if i not in tried.failed]
+        if not decodes:
+            return None
+        if not ask.computes:
+            return Route(self._pick(decodes, b""), None)
+        why_alone = self._why_alone(prefills, tried, ask)
+        if ask.splits:
+            pairs = [d for d in decodes if not (why_alone and HANDOVERS[d.kind].decodes_alone) and _has(prefills, d)]
+            if pairs:
+                decode = self._pick(pairs, ask.beginning)
+                partners = [p for p in prefills if p.kind == decode.kind]
+                return Route(decode, self._pick(partners, ask.beginning))
+        alone = [d for d in decodes if HANDOVERS[d.kind].decodes_alone]
+        if not alone:
+            return None
+        no_prefill = "prefill_failed" if tried.attempts else "no_prefill"
+        return Route(self._pick(alone, ask.beginning), None, why_alone or no_prefill)
+
+    def _why_alone(self, prefills: Sequence[Instance], tried: Tried, ask: Ask) -> str:
+        if ask.alone_because:
+            return ask.alone_because
+        if tried.attempts >= MAX_ATTEMPTS - 1:  # the last attempt goes the way on which the least can fail
+            return "prefill_failed"
+        if ask.num_tokens < self._min_prefill_tokens:
+            return "short_prompt"
+        limit = self._max_prefill_queue
+        if limit and prefills and all(p.in_flight >= limit for p in prefills):
+            return "prefill_busy"
+        return ""
 
 
-def _load(instance: Instance) -> tuple[int, int, str]:
-    in_flight = instance.in_flight_bytes if instance.role == "P" else instance.in_flight
-    return in_flight, instance.num_requests, instance.address
+def _has(prefills: Sequence[Instance], decode: Instance) -> bool:
+    return any(p.kind == decode.kind for p in prefills)
+
+
+def make_picker(policy: Policy) -> Picker:
+    pickers: dict[Policy, Picker] = {
+        "least_loaded": least_loaded,
+        "round_robin": RoundRobin(),
+        "prefix_affinity": prefix_affinity,
+    }
+    return pickers[policy]
+
+
+def least_loaded(instances: Sequence[Instance], _beginning: bytes = b"") -> Instance:
+    """P by prompt tokens in flight, D by requests in flight; among equals the one that has served least."""
+    return instances[0] if len(instances) == 1 else min(instances, key=_load_and_rank)
+
+
+def prefix_affinity(instances: Sequence[Instance], beginning: bytes) -> Instance:
+    """The same prompt beginning, the same instance, also after others have come or gone (rendezvous hashing)."""
+    if not beginning:
+        return least_loaded(instances)
+    limit = _OVERLOAD_FACTOR * min(map(_load, instances)) + _OVERLOAD_SLACK[instances[0].role]
+    willing = [i for i in instances if _load(i) <= limit]
+    return max(willing, key=lambda i: _affinity(i, beginning))
+
+
+class RoundRobin:
+    """In turn. Owns whose turn it was, by role."""
+
+    def __init__(self) -> None:
+        self._last: dict[Role, str] = {}
+
+    def __call__(self, instances: Sequence[Instance], _beginning: bytes = b"") -> Instance:
+        """The first address after the last one's, so that one that comes or goes shifts nobody's turn."""
+        role = instances[0].role
+        last = self._last.get(role, "")
+        chosen = min(instances, key=lambda i: (i.address <= last, i.address))
+        self._last[role] = chosen.address
+        return chosen
+
+
+def _load(instance: Instance) -> int:
+    return instance.in_flight_tokens if instance.role == "P" else instance.in_flight
+
+
+def _load_and_rank(instance: Instance) -> tuple[int, int, str]:
+    return _load(instance), instance.num_requests, instance.address
+
+
+def _affinity(instance: Instance, beginning: bytes) -> bytes:
+    return hashlib.blake2b(beginning, digest_size=8, key=instance.address.encode()[:64]).digest()

@@ -1,33 +1,40 @@
 """The instances and what state each is in. Synchronous and without a clock: every change takes `now` (monotonic, s).
 
-registered -> STARTING --probe ok--> READY --connection failed--> EJECTED --probe ok--> READY
+registered -> STARTING --probe ok--> READY --connection or probe failed--> EJECTED --probe ok--> READY
                                        \\-- says that it leaves --> LEAVING
-Silence for `expiry_s` removes an instance from any state.
+Silence for `expiry_s` removes an instance from any state, unless it was given by a flag.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from twolane.protocol import Kind, Registration, Role
 
 logger = logging.getLogger(__name__)
 
-SERVED_KINDS: frozenset[Kind] = frozenset(("twolane",))
+MAX_HUNG_PROBES = 3
 
 
 class State(enum.StrEnum):
     STARTING = "starting"  # registered, not yet healthy
     READY = "ready"
-    EJECTED = "ejected"  # a connection failed; probed until it answers
+    EJECTED = "ejected"  # a connection or a probe failed; probed until it answers
     LEAVING = "leaving"  # finishes what it has, gets nothing new
-    UNSUPPORTED = "unsupported"  # listed, never chosen
 
 
-_PROBED = frozenset((State.STARTING, State.EJECTED))
+_UNREADY = frozenset((State.STARTING, State.EJECTED))
+
+
+class Probe(enum.Enum):
+    """How a health probe went."""
+
+    HEALTHY = enum.auto()
+    UNHEALTHY = enum.auto()  # refused, broken, or answered with anything but 200
+    HUNG = enum.auto()  # no answer in time: may be a busy moment, so one alone ejects nobody
 
 
 @dataclass(slots=True, eq=False)
@@ -42,10 +49,12 @@ class Instance:
     state: State
     since: float  # when it came into `state`
     registered_at: float  # the last word from it
-    probe_at: float  # when the next probe is due, if `state` is probed
+    probe_at: float  # when the next probe is due, unless it leaves
+    is_static: bool = False  # given by a flag: never expires
     probing: bool = False
+    num_hung_probes: int = 0  # in a row
     in_flight: int = 0
-    in_flight_bytes: int = 0  # of the bodies in flight: stands for prompt tokens
+    in_flight_tokens: int = 0  # of the prompts in flight, estimated
     num_requests: int = 0
     num_failures: int = 0
     reason: str = ""  # why it isn't ready
@@ -54,30 +63,34 @@ class Instance:
 class Ticket:
     """One request in flight at an instance, counted until given back. Idempotent."""
 
-    __slots__ = ("_num_bytes", "instance")
+    __slots__ = ("_num_tokens", "instance")
 
-    def __init__(self, instance: Instance, num_bytes: int) -> None:
+    def __init__(self, instance: Instance, num_tokens: int) -> None:
         self.instance = instance
-        self._num_bytes: int | None = num_bytes
+        self._num_tokens: int | None = num_tokens
         instance.in_flight += 1
-        instance.in_flight_bytes += num_bytes
+        instance.in_flight_tokens += num_tokens
         instance.num_requests += 1
 
     def give_back(self) -> None:
-        if self._num_bytes is not None:
+        if self._num_tokens is not None:
             self.instance.in_flight -= 1
-            self.instance.in_flight_bytes -= self._num_bytes
-            self._num_bytes = None
+            self.instance.in_flight_tokens -= self._num_tokens
+            self._num_tokens = None
 
 
 class Pool:
     """Owns all instances. `on_probe_due` is called when an instance should be probed sooner than planned."""
 
-    def __init__(self, expiry_s: float, probe_every_s: float, on_probe_due: Callable[[], None]) -> None:
+    def __init__(
+        self, expiry_s: float, probe_every_s: float, probe_ready_every_s: float, on_probe_due: Callable[[], None]
+    ) -> None:
         self._expiry_s = expiry_s
         self._probe_every_s = probe_every_s
+        self._probe_ready_every_s = probe_ready_every_s
         self._on_probe_due = on_probe_due
         self._instances: dict[tuple[Role, str], Instance] = {}
+        self._ready: dict[Role, Sequence[Instance]] = {"P": (), "D": ()}  # derived; asked for at every request
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(self._instances.values())
@@ -85,8 +98,8 @@ class Pool:
     def __len__(self) -> int:
         return len(self._instances)
 
-    def ready(self, role: Role) -> list[Instance]:
-        return [i for i in self._instances.values() if i.role == role and i.state is State.READY]
+    def ready(self, role: Role) -> Sequence[Instance]:
+        return self._ready[role]
 
     def register(self, registration: Registration, now: float) -> None:
         key = (registration.type, registration.http_address)
@@ -102,7 +115,11 @@ class Pool:
         elif registration.leaving and instance.state is not State.LEAVING:
             self._change(instance, State.LEAVING, now, "it said so")
 
-    def _add(self, registration: Registration, now: float) -> None:
+    def add_static(self, registration: Registration, now: float) -> None:
+        """An instance that needn't say that it is there. What it says all the same counts."""
+        self._add(registration, now, is_static=True)
+
+    def _add(self, registration: Registration, now: float, is_static: bool = False) -> None:
         instance = Instance(
             role=registration.type,
             address=registration.http_address,
@@ -113,15 +130,16 @@ class Pool:
             since=now,
             registered_at=now,
             probe_at=now,
+            is_static=is_static,
         )
         self._instances[instance.role, instance.address] = instance
-        self._change(instance, _first_state(registration), now, "registered")
+        self._change(instance, State.STARTING, now, "given by a flag" if is_static else "registered")
 
     def _restarted(self, instance: Instance, registration: Registration, now: float) -> None:
         """Another process at the same address: what we knew of the old one is void."""
         instance.epoch = registration.epoch
         instance.kind = registration.kind
-        state = State.LEAVING if registration.leaving else _first_state(registration)
+        state = State.LEAVING if registration.leaving else State.STARTING
         self._change(instance, state, now, "restarted")
 
     def connection_failed(self, instance: Instance, reason: str, now: float) -> None:
@@ -132,25 +150,33 @@ class Pool:
 
     def due_probes(self, now: float) -> list[Instance]:
         """Those to probe now; each is marked, until `probed` is told how it went."""
-        due = [i for i in self._instances.values() if i.state in _PROBED and not i.probing and i.probe_at <= now]
+        due = [i for i in self._unprobed() if i.probe_at <= now]
         for instance in due:
             instance.probing = True
         return due
 
     def next_probe_at(self) -> float | None:
-        waiting = [i.probe_at for i in self._instances.values() if i.state in _PROBED and not i.probing]
-        return min(waiting, default=None)
+        return min((i.probe_at for i in self._unprobed()), default=None)
 
-    def probed(self, instance: Instance, healthy: bool, now: float) -> None:
+    def _unprobed(self) -> list[Instance]:
+        return [i for i in self._instances.values() if i.state is not State.LEAVING and not i.probing]
+
+    def probed(self, instance: Instance, probe: Probe, now: float) -> None:
         instance.probing = False
-        instance.probe_at = now + self._probe_every_s
-        if healthy and instance.state in _PROBED:
+        instance.num_hung_probes = instance.num_hung_probes + 1 if probe is Probe.HUNG else 0
+        if probe is Probe.HEALTHY and instance.state in _UNREADY:
             self._change(instance, State.READY, now, "")
+        elif instance.state is State.READY and probe is Probe.UNHEALTHY:
+            self._change(instance, State.EJECTED, now, "failed a health probe")
+        elif instance.state is State.READY and instance.num_hung_probes >= MAX_HUNG_PROBES:
+            self._change(instance, State.EJECTED, now, f"did not answer {MAX_HUNG_PROBES} health probes in a row")
+        every_s = self._probe_ready_every_s if instance.state is State.READY else self._probe_every_s
+        instance.probe_at = now + every_s
 
     def expire(self, now: float) -> None:
         """Forgets those that have been silent too long. Their requests in flight go on."""
         for key, instance in list(self._instances.items()):
-            if now - instance.registered_at > self._expiry_s:
+            if now - instance.registered_at > self._expiry_s and not instance.is_static:
                 del self._instances[key]
                 self._change(instance, State.LEAVING, now, f"silent for {self._expiry_s:g} s")
 
@@ -158,6 +184,8 @@ class Pool:
         instance.state = state
         instance.since = now
         instance.reason = reason
+        ready = [i for i in self._instances.values() if i.role == instance.role and i.state is State.READY]
+        self._ready[instance.role] = tuple(ready)
         logger.info(
             'instance role=%s address=%s kind=%s epoch=%s state=%s reason="%s"',
             instance.role,
@@ -167,10 +195,6 @@ class Pool:
             state,
             reason,
         )
-        if state in _PROBED:
+        if state in _UNREADY:
             instance.probe_at = now
             self._on_probe_due()
-
-
-def _first_state(registration: Registration) -> State:
-    return State.STARTING if registration.kind in SERVED_KINDS else State.UNSUPPORTED

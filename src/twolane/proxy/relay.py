@@ -10,11 +10,11 @@ import msgspec
 from twolane.config import ProxySettings
 from twolane.errors import UpstreamError, UpstreamTimeoutError
 from twolane.proxy.attempt import Attempt
-from twolane.proxy.headers import Headers, end_to_end
+from twolane.proxy.headers import HOP_BY_HOP, Headers, end_to_end
 from twolane.proxy.responder import Responder, error_object
 
 _MAX_PARTIAL_EVENT_BYTES = 1024 * 1024
-_NOT_RETURNED = frozenset((b"x-request-id",))  # ours goes back in its place
+_NOT_RETURNED = HOP_BY_HOP | {b"x-request-id"}  # ours goes back in its place
 
 
 class EventCutter:
@@ -51,6 +51,7 @@ class Relay:
 
     def __init__(self, attempt: Attempt, responder: Responder, settings: ProxySettings, headers: Headers) -> None:
         self._leg = attempt.decode
+        assert attempt.decode_exchange is not None, "there is no verdict for D before its leg is sent"
         self._exchange = attempt.decode_exchange
         self._responder = responder
         self._settings = settings
@@ -90,13 +91,23 @@ class Relay:
         length_bytes = leg.held.num_bytes if whole and not leg.is_stream else leg.head.length_bytes
         responder.start(leg.head.status, end_to_end(leg.head.headers, _NOT_RETURNED) + self._headers, length_bytes)
         responder.on_flow = self._flow
-        sink = self._write_events if leg.is_stream else responder.write
-        sink(leg.held.take())
+        sink = self._write_events if leg.is_stream else self._write
+        sink(leg.held.take(), whole)
         leg.sink = sink
         self._flow(responder.paused)
 
-    def _write_events(self, data: bytes) -> None:
-        self._responder.write(self._cutter.whole(data))
+    def _write(self, data: bytes, is_last: bool) -> None:
+        if is_last:
+            self._responder.end(data)
+        else:
+            self._responder.write(data)
+
+    def _write_events(self, data: bytes, is_last: bool) -> None:
+        events = self._cutter.whole(data)
+        if is_last:
+            self._responder.end(events + self._cutter.rest())
+        else:
+            self._responder.write(events)
 
     def _flow(self, paused: bool) -> None:
         if paused:
@@ -124,13 +135,10 @@ class Relay:
         error, responder = self._leg.state.error, self._responder
         self._leg.sink = None
         if error is None:
-            if self._leg.is_stream:
-                responder.write(self._cutter.rest())
-            responder.end()
+            responder.end(self._cutter.rest())
         elif self._leg.is_stream and not isinstance(error, ClientTooSlowError):
-            responder.write(b"event: error\ndata: " + msgspec.json.encode(error_object(error)) + b"\n\n")
             responder.keep_alive = False
-            responder.end()
+            responder.end(b"event: error\ndata: " + msgspec.json.encode(error_object(error)) + b"\n\n")
         else:
             responder.abort()
         return error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from twolane.errors import MethodNotAllowedError, NoInstanceError, TwoLaneError
+from twolane.errors import MethodNotAllowedError, NoInstanceError, TooBusyError, TwoLaneError, UnauthorizedError
 from twolane.proxy.headers import Headers, encode, status_line
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Responder:
         self._is_http10 = request.http_version == "1.0"
         self._is_head = request.method == "HEAD"
         self._chunked = False
+        self._head = b""  # written with what follows it: a system call less
         self.keep_alive = request.keep_alive
         self.status = 0  # 0 until started
         self.ended = False
@@ -39,7 +40,8 @@ class Responder:
         self.on_flow: Callable[[bool], None] | None = None
 
     def start(self, status: int, headers: Headers, length_bytes: int | None) -> None:
-        """Writes the head. Without a length the body is chunked, or for HTTP/1.0 ends with the connection."""
+        """The head goes out with the first of the body. Without a length the body is chunked, or for HTTP/1.0 ends
+        with the connection."""
         assert not self.status, "an answer starts once"
         self.status = status
         framing: Headers = []
@@ -54,18 +56,30 @@ class Responder:
             framing.append((b"connection", b"close"))
         elif self._is_http10:
             framing.append((b"connection", b"keep-alive"))
-        self._put(status_line(status) + encode(headers) + encode(framing) + b"\r\n")
+        self._head = status_line(status) + encode(headers) + encode(framing) + b"\r\n"
 
     def write(self, data: bytes) -> None:
         if not data or self._is_head or self.ended:
             return
-        self._put(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if self._chunked:
+            data = b"%b%x\r\n%b\r\n" % (self._head, len(data), data)
+        elif self._head:
+            data = self._head + data
+        self._head = b""
+        self._put(data)
 
-    def end(self) -> None:
+    def end(self, data: bytes = b"") -> None:
+        """With the last of the body, if there is any."""
         if self.ended:
             return
-        if self._chunked:
-            self._put(b"0\r\n\r\n")
+        if self._is_head:
+            data = self._head
+        elif self._chunked and data:
+            data = b"%b%x\r\n%b\r\n0\r\n\r\n" % (self._head, len(data), data)
+        else:
+            data = self._head + data + (b"0\r\n\r\n" if self._chunked else b"")
+        if data:
+            self._put(data)
         self.ended = True
         self._on_done(self.keep_alive)
 
@@ -79,8 +93,7 @@ class Responder:
 
     def send(self, status: int, headers: Headers, body: bytes) -> None:
         self.start(status, headers, len(body))
-        self.write(body)
-        self.end()
+        self.end(body)
 
     def send_json(self, status: int, value: object, headers: Headers | None = None) -> None:
         """An answer of our own."""
@@ -90,8 +103,10 @@ class Responder:
 
     def send_error(self, error: TwoLaneError, headers: Headers | None = None) -> None:
         extra = list(headers or [])
-        if isinstance(error, NoInstanceError):
+        if isinstance(error, (NoInstanceError, TooBusyError)):
             extra.append((b"retry-after", _RETRY_AFTER_S))
+        if isinstance(error, UnauthorizedError):
+            extra.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, MethodNotAllowedError):
             extra.append((b"allow", ", ".join(error.allowed).encode()))
         self.send_json(error.status, error_object(error), extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 from time import monotonic
@@ -11,13 +12,15 @@ from typing import Self
 
 import uvloop
 
-from twolane.config import ProxySettings
+from twolane.config import ProxySettings, StaticInstance
+from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
 from twolane.proxy.discovery import Discovery
 from twolane.proxy.health import Health
 from twolane.proxy.http_client import HttpClient
 from twolane.proxy.http_server import HttpServer
+from twolane.proxy.policy import Router
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import listen
 from twolane.proxy.stats import Stats
@@ -37,11 +40,14 @@ class Service:
         """Raises ConfigError if a port is taken."""
         settings = self.settings
         health = Health(settings)
-        self.pool = Pool(settings.registration_expiry_s, settings.health_every_s, health.wake)
+        self.pool = Pool(
+            settings.registration_expiry_s, settings.health_every_s, settings.health_ready_every_s, health.wake
+        )
+        stats = Stats(monotonic())
         listener = listen(settings.host, settings.http_port)
         self.http_port = listener.getsockname()[1]
-        self._discovery = Discovery(settings, self.pool)
         try:
+            self._discovery = Discovery(settings, self.pool, stats)
             self._discovery.bind()
         except BaseException:
             listener.close()
@@ -50,8 +56,10 @@ class Service:
         self._tasks = asyncio.TaskGroup()
         await self._tasks.__aenter__()
         self._client = HttpClient(settings, self._tasks)
-        upstreams = Upstreams(settings, self.pool, self._client)
-        self._app = App(upstreams, Stats(monotonic()))
+        upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
+        self._app = App(upstreams, stats)
+        for instance in settings.instances:
+            self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
         self._background = [
             self._tasks.create_task(health.run(self.pool, self._client)),
@@ -81,6 +89,10 @@ class Service:
             task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
+
+
+def as_registration(instance: StaticInstance) -> Registration:
+    return Registration(instance.role, instance.address, instance.control_address, instance.kind)
 
 
 async def serve(settings: ProxySettings) -> int:
@@ -118,3 +130,10 @@ async def _drain(service: Service, signals: asyncio.Queue[signal.Signals]) -> in
 def run(settings: ProxySettings) -> int:
     """Runs the proxy in this thread under uvloop. Raises ConfigError if a port is taken."""
     return uvloop.run(serve(settings))
+
+
+def tune_collector() -> None:
+    """For a process that does nothing else. A request leaves nothing behind that reference counts don't free, so the
+    garbage collector needn't look often, and at what was imported it needn't look ever again."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
+from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class RequestRecord:
     first_byte_at: float | None = None
     ended_at: float | None = None
 
-    def _ms(self, moment: float | None) -> float | None:
+    def ms(self, moment: float | None) -> float | None:
         return None if moment is None else round((moment - self.started_at) * 1e3, 2)
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,9 +49,9 @@ class RequestRecord:
             "status": self.status,
             "outcome": self.outcome,
             "attempts": self.attempts,
-            "prefill_done_ms": self._ms(self.prefill_done_at),
-            "first_byte_ms": self._ms(self.first_byte_at),
-            "total_ms": self._ms(self.ended_at),
+            "prefill_done_ms": self.ms(self.prefill_done_at),
+            "first_byte_ms": self.ms(self.first_byte_at),
+            "total_ms": self.ms(self.ended_at),
         }
 
 
@@ -62,6 +63,11 @@ class Stats:
         self._requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
         self._alone: Counter[str] = Counter()
         self._recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
+        self._ttft = Histogram()
+        self._end_to_end = Histogram()
+        self._handoff = Histogram()
+        self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
+        self.num_registrations_refused = 0
 
     def ended(self, record: RequestRecord) -> None:
         """The client's part is over. P's last word may still be written into the record."""
@@ -69,6 +75,12 @@ class Stats:
         if record.alone_because:
             self._alone[record.alone_because] += 1
         self._recent.append(record)
+        if record.outcome == "ok" and record.ended_at is not None:
+            self._end_to_end.add(record.ended_at - record.started_at)
+            if record.stream and record.first_byte_at is not None:
+                self._ttft.add(record.first_byte_at - record.started_at)
+                if record.prefill_done_at is not None:
+                    self._handoff.add(record.first_byte_at - record.prefill_done_at)
 
     def as_dict(self) -> dict[str, Any]:
         requests: dict[str, dict[str, int]] = {}
@@ -77,22 +89,37 @@ class Stats:
         return {
             "requests": requests,
             "decode_alone": dict(self._alone),
+            "latency_ms": {
+                "ttft": self._ttft.as_dict(),  # streams only, as the next two
+                "itl": self.gaps.as_dict(),
+                "handoff": self._handoff.as_dict(),  # end of P's answer to D's first byte
+                "end_to_end": self._end_to_end.as_dict(),
+            },
+            "registrations_refused": self.num_registrations_refused,
             "recent": [record.as_dict() for record in self._recent],
         }
 
 
 def log_request(record: RequestRecord) -> None:
-    """The one line."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    fields = " ".join(f"{name}={_text(value)}" for name, value in record.as_dict().items())
-    logger.info("request %s", fields)
-
-
-def _text(value: object) -> object:
-    if value is None:
-        return "-"
-    return f'"{value}"' if isinstance(value, str) and " " in value else value
+    """The one line. Written out by hand: it is a tenth of what a short request costs."""
+    r = record
+    logger.info(
+        "request transfer_id=%s request_id=%s route=%s prefill=%s decode=%s alone_because=%s stream=%s status=%d "
+        "outcome=%s attempts=%d prefill_done_ms=%s first_byte_ms=%s total_ms=%s",
+        r.transfer_id or "-",
+        r.request_id,
+        r.route,
+        r.prefill or "-",
+        r.decode or "-",
+        r.alone_because or "-",
+        r.stream,
+        r.status,
+        r.outcome,
+        r.attempts,
+        r.ms(r.prefill_done_at),
+        r.ms(r.first_byte_at),
+        r.ms(r.ended_at),
+    )
 
 
 def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
@@ -104,8 +131,9 @@ def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
         "state": instance.state.value,
         "state_since_s": round(now - instance.since, 3),
         "reason": instance.reason or None,
-        "registered_ago_s": round(now - instance.registered_at, 3),
+        "registered_ago_s": None if instance.is_static else round(now - instance.registered_at, 3),
         "in_flight": instance.in_flight,
+        "in_flight_tokens": instance.in_flight_tokens,
         "requests": instance.num_requests,
         "failures": instance.num_failures,
         "epoch": instance.epoch,

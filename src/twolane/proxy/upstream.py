@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
+import msgspec
 
 from twolane.errors import StaleConnectionError, UpstreamConnectionError, UpstreamError
 from twolane.proxy.headers import Headers, find
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _STALE_WITHIN_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(msgspec.Struct, frozen=True):
     """An answer's head. `length_bytes` is None for a chunked body, or one that ends with the connection."""
 
     status: int
@@ -120,7 +119,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self._pieces and self._exchange is exchange:
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
-            exchange.listener.data_received(data)
+            exchange.listener.data_received(data, self._complete)
         if self._complete and self._exchange is exchange:
             self._release(exchange)
 

@@ -1,0 +1,72 @@
+"""What the `twolane proxy` flags say, made into settings. Raises ConfigError, which names flag and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from twolane.config import Policy, StaticInstance
+from twolane.errors import ConfigError
+from twolane.protocol import Kind, Role, split_address
+
+
+def parse_instances(prefills: Sequence[str], decodes: Sequence[str], kind: str) -> tuple[StaticInstance, ...]:
+    """`--prefill`, `--decode` and `--kv`."""
+    known: tuple[Kind, ...] = get_args(Kind)
+    kinds = [k for k in known if k == kind]
+    if not kinds:
+        raise ConfigError(f"--kv {kind} is unknown; known are {', '.join(known)}")
+    named: list[tuple[Role, str]] = [*(("P", url) for url in prefills), *(("D", url) for url in decodes)]
+    instances = tuple(_parse_instance(role, text, kinds[0]) for role, text in named)
+    if len({(i.role, i.address) for i in instances}) < len(instances):
+        raise ConfigError("--prefill or --decode names the same instance twice; leave one of them out")
+    return instances
+
+
+def _parse_instance(role: Role, text: str, kind: Kind) -> StaticInstance:
+    flag = "--prefill" if role == "P" else "--decode"
+    url, _, control_address = text.partition("=")
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme != "http":
+        raise ConfigError(f"{flag} {text}: instances are reached over http://, not {scheme}://")
+    address = (rest if separator else url).removesuffix("/")
+    if kind != "nixl" and not control_address:
+        raise ConfigError(
+            f"{flag} {text} needs the instance's control address for --kv {kind}, "
+            f"such as {flag} http://127.0.0.1:20003=127.0.0.1:21001"
+        )
+    for part in (address, control_address):
+        try:
+            _ = part and split_address(part)
+        except ValueError as error:
+            raise ConfigError(f"{flag} {text}: {error}") from error
+    return StaticInstance(role, address, kind, control_address)
+
+
+def parse_policy(text: str) -> Policy:
+    known: tuple[Policy, ...] = get_args(Policy)
+    for policy in known:
+        if policy == text:
+            return policy
+    raise ConfigError(f"--policy {text} is unknown; known are {', '.join(known)}")
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """One key a line; empty lines and those that begin with # are left out. ConfigError if there is none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file of keys {path} can't be read: {error}") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"the file of keys {path} holds no key; write one a line")
+    return keys
+
+
+def all_keys(given: Iterable[str], file: Path | None) -> tuple[str, ...]:
+    """Raises ConfigError for a key that can't be put into a header."""
+    keys = (*given, *(read_keys(file) if file is not None else ()))
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise ConfigError("a key is empty or holds characters other than printable ASCII")
+    return keys

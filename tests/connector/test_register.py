@@ -1,0 +1,72 @@
+"""An instance tells the proxy of itself, over a real socket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from tests.connector.agents import free_port, start_prefill
+from twolane.connector.settings import ConnectorSettings, parse_settings, read_secret
+from twolane.errors import ConfigError
+from twolane.protocol import Registration, decode_registration, is_signed
+
+
+@pytest.fixture
+def proxy() -> Iterator[tuple[zmq.Socket[bytes], str]]:
+    address = f"127.0.0.1:{free_port()}"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.setsockopt(zmq.RCVTIMEO, 5000)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(f"tcp://{address}")
+        yield socket, address
+
+
+def receive(socket: zmq.Socket[bytes]) -> tuple[bytes, Registration]:
+    identity, frame = socket.recv_multipart()
+    return identity, decode_registration(frame)
+
+
+def test_it_registers_at_once_and_says_when_it_leaves(proxy: tuple[zmq.Socket[bytes], str]) -> None:
+    socket, address = proxy
+    prefill = start_prefill(ConnectorSettings(http_address="127.0.0.1:20003", discovery_address=address))
+    identity, registration = receive(socket)
+    assert identity.decode() == registration.zmq_address == prefill.address
+    assert (registration.type, registration.kind, registration.http_address) == ("P", "twolane", "127.0.0.1:20003")
+    assert not registration.leaving
+    prefill.agent.stop()
+    assert receive(socket)[1] == Registration(
+        "P", "127.0.0.1:20003", prefill.address, "twolane", registration.epoch, leaving=True
+    )
+
+
+def test_it_signs_with_the_shared_secret(proxy: tuple[zmq.Socket[bytes], str], tmp_path: Path) -> None:
+    socket, address = proxy
+    secret_file = tmp_path / "secret"
+    secret_file.write_text("# shared with the proxy\nopen sesame\n")
+    settings = ConnectorSettings(
+        http_address="127.0.0.1:20003", discovery_address=address, registration_secret_file=str(secret_file)
+    )
+    prefill = start_prefill(settings)
+    try:
+        _, registration = receive(socket)
+    finally:
+        prefill.agent.stop()
+    assert is_signed(registration, "open sesame", time.time())
+    assert not is_signed(registration, "open barley", time.time())
+
+
+def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere: No such file"):
+        read_secret(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="holds no secret"):
+        read_secret(str(tmp_path / "empty"))
+
+
+def test_an_unknown_key_is_an_error_that_tells_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"lease_sec.*knows these keys: host, http_address"):
+        parse_settings({"lease_sec": 3})
