@@ -216,7 +216,7 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float) -> floa
         try:
             if condition():
                 return time.monotonic() - started_s
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException, httpx.TransportError):
             pass
         assert time.monotonic() - started_s < timeout_s, f"waited {timeout_s:g} s in vain: {what}"
         time.sleep(0.02)

@@ -6,13 +6,16 @@ import json
 import subprocess
 import time
 import uuid
+from pathlib import Path
 
 import httpx
+import msgspec
 import openai
 import pytest
 
 from tests.engine.conftest import make_prompts
-from tests.engine.stack import Instance, Stack, complete, completion_body
+from tests.engine.stack import Instance, Stack, complete, completion_body, free_ports, wait_for
+from twolane.launch.process import Child
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -110,3 +113,29 @@ def test_a_proxy_made_for_p2p_nccl_moves_the_kv_too(
     second = httpx.post(f"http://{decode.spec.address}/v1/completions", json=body, headers=headers, timeout=60)
     assert second.json()["choices"][0]["token_ids"] == complete(single_url, body)
     assert decode.tokens_by_source()["local_compute"] - computed == 1
+
+
+@pytest.mark.parametrize("kind", ["twolane", "p2pnccl"])
+def test_a_second_proxy_with_static_lists_serves_the_same_instances(
+    stack: Stack, prefill: Instance, decode: Instance, single_url: str, kind: str
+) -> None:
+    """In both ways of naming the KV that our connector understands."""
+    http_port, discovery_port = free_ports(2)
+    spec = stack.spec("proxy")
+    lists: list[str] = ["--kv", kind]
+    for flag, instance in (("--prefill", prefill), ("--decode", decode)):
+        lists += [flag, f"http://{instance.spec.address}=127.0.0.1:{instance.spec.kv_port}"]
+    ports = ["--http-port", str(http_port), "--discovery-port", str(discovery_port)]
+    log = str(Path(spec.log).with_name(f"proxy-{kind}.log"))
+    argv = (*spec.argv[: spec.argv.index("proxy") + 1], *ports, *lists)
+    proxy = Child(msgspec.structs.replace(spec, argv=argv, http_port=http_port, log=log), {})
+    try:
+        url = f"http://127.0.0.1:{http_port}"
+        wait_for("both lanes", lambda: httpx.get(f"{url}/health").json()["status"] == "ok", 10)
+        (prompt,) = make_prompts(seed=9 if kind == "twolane" else 10, lengths=[300])
+        body = completion_body(stack, prompt, 12)
+        computed = decode.tokens_by_source()["local_compute"]
+        assert complete(url, body) == complete(single_url, body)
+        assert decode.tokens_by_source()["local_compute"] - computed == 1
+    finally:
+        proxy.stop(10.0)
