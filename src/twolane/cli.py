@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from twolane.config import DISCOVERY_PORT, HTTP_PORT, ProxySettings, Settings
+from twolane import cli_tools
+from twolane.config import ProxySettings, Settings
 from twolane.errors import ConfigError, TwoLaneError
+from twolane.flags import EPILOG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG, console, with_settings
 from twolane.launch import commands
+from twolane.launch import status as status_of
+from twolane.launch.configuration import Configuration, load
 from twolane.launch.control import Files
+from twolane.launch.menu import language, run_menu
 from twolane.launch.plan import load_plan
+from twolane.launch.role import run_role
 from twolane.launch.supervisor import Supervisor
 
-EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
-EPILOG = "Exit codes: 0 ok, 1 failed, 2 wrong setting or machine, 130 interrupted."
+PLACES = ("host", "http_proxy_port", "log_dir")  # settings that say where to look for what runs
+Index = Annotated[int, typer.Option(min=1, help="Which instance of the role, where there are several.")]
+VllmOptions = Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="More options for vLLM.")]
 
 app = typer.Typer(
     help="Serves an LLM in two lanes: prefill and decode instances of vLLM behind a proxy, the KV cache crossing over.",
@@ -34,49 +40,100 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def without_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is not None:
+        return
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        run_menu(console(), language(os.environ))
+    else:
         typer.echo(context.get_help())
 
 
 @app.command(epilog=EPILOG)
-def up() -> None:
-    """Start proxy, prefill and decode instances in the background, and send a first request through both lanes.
+def menu() -> None:
+    """Choose from a menu: what `twolane` alone shows on a terminal. LANG=zh_CN.UTF-8 makes it Chinese.
 
-    Settings come from the environment: MODEL, HTTP_PORT, NUM_PREFILL, NUM_DECODE, VLLM_ARGS and more (see README).
-
-    Example: MODEL=/models/qwen3-4b twolane up
+    Example: twolane menu
     """
-    commands.up(Settings.from_env(os.environ), console())
+    run_menu(console(), language(os.environ))
 
 
 @app.command(epilog=EPILOG)
-def down() -> None:
+@with_settings()
+def up(
+    made: Configuration,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, show the logs; Ctrl+C stops all.")] = False,
+) -> None:
+    """Start all services in the background and send a first request through both lanes; only what isn't running yet.
+
+    Example: twolane up --model /models/qwen3-4b --prefill 2 --decode 2
+    """
+    commands.up(made.settings, console())
+    if foreground:
+        commands.stay(made.settings, console())
+
+
+@app.command(epilog=EPILOG)
+@with_settings(PLACES)
+def down(made: Configuration) -> None:
     """Stop everything that `twolane up` started in this folder, and wait until it is gone.
 
     Example: twolane down
     """
-    commands.down(Settings.from_env(os.environ), console())
+    commands.down(made.settings, console())
 
 
 @app.command(epilog=EPILOG)
-def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+@with_settings(PLACES)
+def restart(
+    made: Configuration, role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")]
+) -> None:
+    """Start a role's instances again, one after the other, or one instance. Also one that was given up.
+
+    Example: twolane restart decode-2
+    """
+    commands.restart(made.settings, role, console())
+
+
+@app.command(epilog=EPILOG)
+@with_settings(PLACES)
+def status(made: Configuration, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Show what runs in this folder. Exit code 1 if nothing does.
 
     Example: twolane status --json
     """
-    report = commands.status(Settings.from_env(os.environ))
+    report = status_of.status(made.settings)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        commands.print_status(report, console())
-    raise typer.Exit(EXIT_OK if report["running"] else EXIT_FAILED)
+        status_of.print_status(report, console())
+    raise typer.Exit(EXIT_OK if report["services"] else EXIT_FAILED)
+
+
+@app.command(epilog=EPILOG)
+@with_settings()
+def prefill(made: Configuration, index: Index = 1, vllm_options: VllmOptions = None) -> None:
+    """Run a prefill instance in the foreground. Options after `--` go to vLLM unchanged.
+
+    Example: twolane prefill --prefill-gpu 0 -- --max-num-seqs 64
+    """
+    run_role(made.settings, "prefill", index, vllm_options or [], console())
+
+
+@app.command(epilog=EPILOG)
+@with_settings()
+def decode(made: Configuration, index: Index = 1, vllm_options: VllmOptions = None) -> None:
+    """Run a decode instance in the foreground. Options after `--` go to vLLM unchanged.
+
+    Example: twolane decode --decode-gpu 1 -- --max-num-seqs 64
+    """
+    run_role(made.settings, "decode", index, vllm_options or [], console())
 
 
 @app.command(epilog=EPILOG)
 def proxy(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="Port of the OpenAI server.")] = HTTP_PORT,
-    discovery_port: Annotated[int, typer.Option(help="Port at which instances register.")] = DISCOVERY_PORT,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (TWOLANE_HOST).")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of the OpenAI server (HTTP_PROXY_PORT).")] = None,
+    discovery_port: Annotated[int | None, typer.Option(help="Port at which instances register (PROXY_PORT).")] = None,
 ) -> None:
     """Run the proxy in the foreground.
 
@@ -84,8 +141,10 @@ def proxy(
     """
     from twolane.proxy.service import run  # noqa: PLC0415 - the other commands start faster without it
 
-    log_to_stderr()
-    run(ProxySettings(host=host, http_port=http_port, discovery_port=discovery_port))
+    made = load({"host": host}).settings
+    log_to_stderr(made.log_dir / "proxy.log" if sys.stderr.isatty() else None)
+    http_port, discovery_port = http_port or made.http_proxy_port, discovery_port or made.proxy_port
+    run(ProxySettings(host=made.host, http_port=http_port, discovery_port=discovery_port))
 
 
 @app.command(hidden=True)
@@ -103,14 +162,17 @@ async def _supervise(files: Files) -> int:
     return await Supervisor(load_plan(files.plan), files.state).run()
 
 
-def console() -> Console:
-    """Standard output; lines are not wrapped, so that they can be copied and searched."""
-    return Console(highlight=False, soft_wrap=True)
+app.add_typer(cli_tools.app)
 
 
-def log_to_stderr() -> None:
-    """The one place where logging is configured."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+def log_to_stderr(also: Path | None = None) -> None:
+    """The one place where logging is configured. `also`: a file that gets the same lines."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if also:
+        also.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(also, mode="w"))
+    form = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=handlers)
 
 
 def main() -> None:
