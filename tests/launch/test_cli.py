@@ -32,11 +32,16 @@ COMMANDS = [
 ]
 
 
+def quiet_ports() -> dict[str, str]:
+    """Not the usual ones, on which somebody may run TwoLane now."""
+    return {"HTTP_PROXY_PORT": str(free_port()), "PROXY_PORT": str(free_port())}
+
+
 def twolane(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "twolane.cli", *words],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": SOURCE, "HOME": str(folder), **env},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": SOURCE, "HOME": str(folder), **quiet_ports(), **env},
         capture_output=True,
         text=True,
         timeout=60,

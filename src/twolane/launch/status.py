@@ -115,7 +115,7 @@ def print_status(report: dict[str, Any], console: Console) -> None:
     if report["running"]:
         console.print(f"{report['state']}  {report['url']}  model {report['models'][0]}", markup=False)
     elif report["services"]:
-        console.print("started in terminals, not by `twolane up`; this is what the proxy knows:", markup=False)
+        console.print("not started by `twolane up` in this folder; this is what the proxy knows:", markup=False)
     else:
         left_over = ", but something is left over: `twolane down`" * report.get("left_over", False)
         console.print("nothing is running in this folder" + left_over)
