@@ -127,14 +127,15 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         table.add_row(*cells(service))
     console.print(table)
     for service in report["services"]:
-        if service["reason"]:
-            console.print(f"{service['name']}: {service['reason']}; its log is {service['log']}", markup=False)
+        if service["restarts"]:
+            why = f"; {service['reason']}" if service["reason"] else ""
+            text = f"{service['name']}: started again {service['restarts']} times{why} (log: {service['log']})"
+            console.print(text, markup=False)
 
 
 def cells(service: dict[str, Any]) -> list[str]:
     """One service as the table shows it."""
     ports = [str(port) for port in (service["http_port"], service["kv_port"]) if port]
-    restarts = f" ({service['restarts']} restarts)" if service["restarts"] else ""
     memory = service["memory_bytes"]
     values = (
         service["name"],
@@ -142,7 +143,7 @@ def cells(service: dict[str, Any]) -> list[str]:
         service["pid"],
         "+".join(str(gpu) for gpu in service["gpus"]) or None,
         ",".join(ports),
-        service["state"] + restarts,
+        service["state"],
         None if service["uptime_s"] is None else duration(service["uptime_s"]),
         None if memory is None else f"{memory / 1e9:.1f} GB",
         service["in_flight"],
