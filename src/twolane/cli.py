@@ -22,6 +22,7 @@ from twolane.launch.configuration import Configuration, load
 from twolane.launch.control import Files
 from twolane.launch.menu import language, run_menu
 from twolane.launch.plan import load_plan
+from twolane.launch.process import rotate
 from twolane.launch.role import run_role
 from twolane.launch.supervisor import Supervisor
 
@@ -170,7 +171,8 @@ def log_to_stderr(also: Path | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if also:
         also.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(also, mode="w"))
+        rotate(also)
+        handlers.append(logging.FileHandler(also))
     form = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, handlers=handlers)
 

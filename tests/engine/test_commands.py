@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import twolane
-from tests.engine.stack import free_ports
+from tests.launch.fakes import spaced_ports
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
 
@@ -27,7 +27,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Iterator[Command]:
-    ports = {name: str(port) for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True)}
+    ports = {name: str(port) for name, port in zip(PORTS, spaced_ports(len(PORTS)), strict=True)}
     env = {**os.environ, **ports, "PYTHONPATH": str(Path(twolane.__file__).parent.parent)}
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:

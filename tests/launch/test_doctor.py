@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,3 +137,47 @@ def test_an_instance_that_is_not_registered_is_told_with_both_addresses() -> Non
     text = not_registered("127.0.0.1:20003", "127.0.0.1:30001", "twolane", ["127.0.0.1:20005 (ready)"])
     assert "serves at 127.0.0.1:20003 and registers at 127.0.0.1:30001" in text
     assert "has 127.0.0.1:20005 (ready)" in text
+
+
+class FakeNvml(types.ModuleType):
+    """Two GPUs with NVLink, the second in use."""
+
+    NVMLError = RuntimeError
+    NVML_P2P_CAPS_INDEX_WRITE, NVML_P2P_CAPS_INDEX_NVLINK, NVML_P2P_STATUS_OK = 1, 2, 0
+
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names, here and below
+        pass
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+        return "NVIDIA H100"
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.1"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:  # noqa: N802
+        return types.SimpleNamespace(total=80 * GIB, free=(80 - 10 * handle) * GIB)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[types.SimpleNamespace]:  # noqa: N802
+        return [types.SimpleNamespace(pid=os.getpid())] * handle
+
+    def nvmlDeviceGetP2PStatus(self, a: int, b: int, what: int) -> int:  # noqa: N802
+        return 0 if what in {1, 2} else 1
+
+
+def test_gpu_facts_come_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml("pynvml"))
+    gathered = gather(make_plan(Settings(), CPU, MODEL), [], running=True)
+    assert gathered.driver == "570.1"
+    assert [gpu.free_bytes // GIB for gpu in gathered.gpus] == [80, 70]
+    assert [len(gpu.holders) for gpu in gathered.gpus] == [0, 1]
+    assert gathered.gpus[1].holders[0].startswith(f"{os.getpid()} (")
+    assert gathered.links == {(0, 1): (True, True)}

@@ -20,7 +20,7 @@ import pexpect
 import pytest
 
 import twolane
-from tests.launch.fakes import free_port
+from tests.launch.fakes import spaced_ports
 from tests.launch.test_process import wait_for
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
@@ -43,12 +43,12 @@ class Place:
         model = folder / "tiny"
         model.mkdir()
         (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-        self.ports = {name: free_port() for name in PORTS}
-        kv_ports = {"PREFILL_KV_PORT": free_port(), "DECODE_KV_PORT": free_port()}
+        ports = dict(zip((*PORTS, "PREFILL_KV_PORT", "DECODE_KV_PORT"), spaced_ports(6), strict=True))
+        self.ports = {name: ports[name] for name in PORTS}
         self.env = {
             **{"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", "TERM": "xterm", "COLUMNS": "80"},
             **{"PYTHONPATH": f"{FAKE_VLLM}:{SOURCE}", "MODEL": str(model), "PYTHON": sys.executable},
-            **{name: str(port) for name, port in (self.ports | kv_ports).items()},
+            **{name: str(port) for name, port in ports.items()},
         }
 
     def terminal(
@@ -193,7 +193,7 @@ def test_up_stays_in_the_foreground_until_ctrl_c(place: Place) -> None:
 
 
 def test_ctrl_c_while_it_starts_leaves_nothing(place: Place) -> None:
-    terminal = place.terminal("up", "--timeout-seconds", "30", PREFILL_KV_PORT="40000")
+    terminal = place.terminal("up")
     terminal.expect("starting 3 services")
     terminal.sendintr()
     ends_with(terminal, 130)
@@ -249,6 +249,17 @@ def test_a_port_in_use_is_told_with_its_holder_by_up_doctor_and_proxy(place: Pla
             assert str(port) in done.stdout + done.stderr
         assert f"taken by process {os.getpid()} " in place.run("up").stderr
         assert f"HTTP_PROXY_PORT={port + 5}" in place.run("up").stderr
+
+
+def test_an_instance_that_does_not_register_is_told_with_both_addresses(place: Place) -> None:
+    prefill = f"127.0.0.1:{place.ports['PREFILL_HTTP_PORT']}"
+    done = place.run("up", "--prefill-args", "--seed 99", "--timeout-seconds", "8")
+    assert done.returncode == 1
+    assert f"it serves at {prefill} and registers at 127.0.0.1:{place.ports['PROXY_PORT']}" in done.stderr
+    alone = place.terminal("prefill")
+    alone.expect(f"no proxy answers yet at 127.0.0.1:{place.ports['HTTP_PROXY_PORT']}")
+    alone.sendintr()
+    ends_with(alone, 0)
 
 
 def test_a_wrong_vllm_option_is_explained(place: Place) -> None:

@@ -10,6 +10,8 @@ from twolane.config import Settings
 from twolane.errors import ConfigError, StartError
 from twolane.launch import control, logs, probes
 from twolane.launch.configuration import nearest
+from twolane.launch.doctor import examine
+from twolane.launch.facts import gather
 from twolane.launch.firstlight import FirstLight, curl_line, first_light
 from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.kv import check_kv
@@ -34,6 +36,7 @@ def up(settings: Settings, console: Console) -> None:
         machine = inspect_machine()
         plan = prepare(settings, machine, console)
         check_ports(plan)
+        _warn(settings, plan, console)
         console.print(f"starting {len(plan.services)} services with {plan.model.source}", markup=False)
         try:
             control.start_supervisor(plan, files)
@@ -49,6 +52,14 @@ def prepare(settings: Settings, machine: Machine, console: Console) -> Plan:
     """What would be started. Converts the default model if that hasn't happened yet."""
     check_kv(settings.kv, machine.engine, vllm_folder())
     return make_plan(settings, machine, resolve_model(settings, machine.engine, Progress(console)))
+
+
+def _warn(settings: Settings, plan: Plan, console: Console) -> None:
+    """What the doctor finds: said before the wait for a start that may fail, but left to the user."""
+    folders = [settings.log_dir.absolute(), settings.cache_dir.absolute()]
+    for finding in examine(gather(plan, folders, running=False)):
+        if finding.level != "ok":
+            console.print(f"{finding.level}: {finding.text} ({finding.remedy})", markup=False)
 
 
 def _await_all(files: control.Files, plan: Plan, engine: str, console: Console) -> FirstLight:

@@ -18,18 +18,20 @@ from rich.console import Console
 
 from twolane.config import Settings
 from twolane.errors import ConfigError, StartError
+from twolane.launch import probes
 from twolane.launch.commands import prepare
-from twolane.launch.diagnose import diagnose
+from twolane.launch.diagnose import diagnose, not_registered
 from twolane.launch.hardware import inspect_machine
 from twolane.launch.logs import Follower
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.ports import check_ports
-from twolane.launch.process import Child, last_lines
+from twolane.launch.process import Child, last_lines, rotate_if_large
 from twolane.launch.registrar import Registrar, needs_registrar
 from twolane.launch.service import describe_exit
 from twolane.launch.supervisor import INSTANCE_STOP_S, RUN_DIR_PREFIX
 
 POLL_S = 0.1
+WATCH_EVERY_S = 2.0
 
 
 def settings_for(settings: Settings, role: str, index: int) -> Settings:
@@ -72,7 +74,7 @@ def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], obje
     try:
         with _signals_interrupt():
             child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)})
-            _show_until_exit(child, Follower("", Path(spec.log), from_start=True), registrar, write)
+            _show_until_exit(child, plan, spec, registrar, write)
     except KeyboardInterrupt:
         if child:
             write(f"\n{spec.name}: {child.stop(INSTANCE_STOP_S)}\n")
@@ -86,16 +88,48 @@ def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], obje
     _explain(spec, child.exit_code() or 0)
 
 
-def _show_until_exit(child: Child, log: Follower, registrar: Registrar | None, write: Callable[[str], object]) -> None:
+def _show_until_exit(
+    child: Child, plan: Plan, spec: ServiceSpec, registrar: Registrar | None, write: Callable[[str], object]
+) -> None:
+    log, watch = Follower("", Path(spec.log), from_start=True), RegistrationWatch(plan, spec)
     ended = False
     while not ended:
         ended = child.exit_code() is not None
+        rotate_if_large(Path(spec.log), plan.log_max_bytes)
         for line in log.read():
             write(line)
         if registrar:
             registrar.tick()
         if not ended:
+            write(watch.tick())
             time.sleep(POLL_S)
+
+
+class RegistrationWatch:
+    """Tells once why an instance that serves gets no requests yet. Owns when to look."""
+
+    def __init__(self, plan: Plan, spec: ServiceSpec) -> None:
+        self._plan = plan
+        self._spec = spec
+        self._next_s = time.monotonic() + WATCH_EVERY_S
+        self._served = False
+        self._done = False
+
+    def tick(self) -> str:
+        """A line to show, or nothing. Looks every few seconds; the instance has that long to register."""
+        if self._done or time.monotonic() < self._next_s:
+            return ""
+        self._next_s = time.monotonic() + WATCH_EVERY_S
+        proxy, spec = self._plan.proxy_address, self._spec
+        self._done = probes.is_registered(proxy, spec)
+        served_before, self._served = self._served, probes.is_healthy(spec)
+        if self._done or not (served_before and self._served):
+            return ""
+        self._done = True
+        if probes.instances(proxy) is None:
+            return f"twolane: no proxy answers yet at {proxy}: start it with `twolane proxy`, here or later\n"
+        why = not_registered(spec.address, self._plan.discovery_address, self._plan.kv, probes.known_instances(proxy))
+        return f"twolane: {why}\n"
 
 
 def _explain(spec: ServiceSpec, code: int) -> None:

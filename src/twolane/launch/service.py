@@ -9,13 +9,14 @@ from pathlib import Path
 
 from twolane.errors import StartError
 from twolane.launch.diagnose import diagnose
-from twolane.launch.phases import IMPORTING, READY, next_phase
+from twolane.launch.phases import FIRST_TOKEN, IMPORTING, READY, REGISTERING, next_phase
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.process import Child, last_lines
 from twolane.launch.state import ServiceState
 
 TAIL_LINES = 20
 DIAGNOSED_LINES = 200
+PROBED = {FIRST_TOKEN, REGISTERING, READY}  # what the supervisor has found out; older log lines don't change it
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 STEADY_AFTER_S = 60.0  # ready for this long, and the next restart begins with the shortest wait again
 
@@ -78,7 +79,7 @@ class Service:
             return
         whole, sep, _ = fresh.rpartition(b"\n")
         self._log_offset += len(whole) + len(sep)
-        if self.spec.role != "proxy":
+        if self.spec.role != "proxy" and self.state.phase not in PROBED:
             self.enter(next_phase(self.state.phase, whole.decode(errors="replace").splitlines()))
 
     def log_was_cut(self) -> None:
