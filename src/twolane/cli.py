@@ -26,7 +26,6 @@ from twolane.launch.process import rotate
 from twolane.launch.role import run_role
 from twolane.launch.supervisor import Supervisor
 
-PLACES = ("host", "http_proxy_port", "log_dir")  # settings that say where to look for what runs
 Index = Annotated[int, typer.Option(min=1, help="Which instance of the role, where there are several.")]
 VllmOptions = Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="More options for vLLM.")]
 
@@ -74,29 +73,25 @@ def up(
 
 
 @app.command(epilog=EPILOG)
-@with_settings(PLACES)
-def down(made: Configuration) -> None:
+def down() -> None:
     """Stop everything that `twolane up` started in this folder, and wait until it is gone.
 
     Example: twolane down
     """
-    commands.down(made.settings, console())
+    commands.down(Settings(), console())  # a configuration that has become wrong must not keep it from stopping
 
 
 @app.command(epilog=EPILOG)
-@with_settings(PLACES)
-def restart(
-    made: Configuration, role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")]
-) -> None:
+def restart(role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")]) -> None:
     """Start a role's instances again, one after the other, or one instance. Also one that was given up.
 
     Example: twolane restart decode-2
     """
-    commands.restart(made.settings, role, console())
+    commands.restart(Settings(), role, console())
 
 
 @app.command(epilog=EPILOG)
-@with_settings(PLACES)
+@with_settings(("host", "http_proxy_port"))
 def status(made: Configuration, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Show what runs in this folder. Exit code 1 if nothing does.
 

@@ -78,6 +78,11 @@ class Place:
             check=False,
         )
 
+    def service(self, name: str) -> dict[str, Any]:
+        rows = json.loads(self.run("status", "--json").stdout)["services"]
+        found: dict[str, Any] = next(row for row in rows if row["name"] == name)
+        return found
+
     def run_beside(self, terminals: list[Any], *words: str) -> subprocess.CompletedProcess[str]:
         """Reads meanwhile what the terminals show: a full one stops its program."""
         with ThreadPoolExecutor(1) as pool:
@@ -193,8 +198,10 @@ def test_up_stays_in_the_foreground_until_ctrl_c(place: Place) -> None:
 
 
 def test_ctrl_c_while_it_starts_leaves_nothing(place: Place) -> None:
-    terminal = place.terminal("up")
+    terminal = place.terminal("up", "--prefill-args", "--seed 99")  # it never registers
     terminal.expect("starting 3 services")
+    second = place.run("up")
+    assert (second.returncode, "at work in this folder" in second.stderr) == (1, True)
     terminal.sendintr()
     ends_with(terminal, 130)
     wait_for(place.nothing_listens)
@@ -226,6 +233,32 @@ def test_the_next_up_after_a_killed_supervisor_stops_what_is_left(place: Place) 
     assert done.returncode == 0, done.stderr
     assert "left over from before" in done.stdout
     assert not any(member.alive() for service in state.services for member in service.members)
+
+
+def test_a_configuration_that_became_wrong_keeps_nobody_from_stopping(place: Place) -> None:
+    assert place.run("up").returncode == 0
+    (place.folder / "twolane.toml").write_text("nonsense = 1\n")
+    assert place.run("status").returncode == 2
+    done = place.run("down")
+    assert (done.returncode, "decode: stopped" in done.stdout) == (0, True)
+
+
+def test_killing_a_terminals_command_ends_its_instance(place: Place) -> None:
+    terminal = place.terminal("decode")
+    terminal.expect("non-default args")
+    os.kill(terminal.pid, signal.SIGKILL)
+    terminal.expect(pexpect.EOF)
+    wait_for(place.nothing_listens)
+
+
+def test_each_role_killed_comes_back_and_takes_traffic(place: Place) -> None:
+    assert place.run("up").returncode == 0
+    for row in json.loads(place.run("status", "--json").stdout)["services"]:
+        os.kill(row["pid"], signal.SIGKILL)
+        wait_for(lambda name=row["name"]: place.service(name)["restarts"] == 1)  # type: ignore[misc]
+        assert place.run("up").returncode == 0
+        assert place.run("test").returncode == 0
+    assert "proxy: started again 1 times" in place.run("status").stdout
 
 
 def test_logs_are_interleaved_and_followed(place: Place) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 IMPORTING = "importing"
-FIRST_TOKEN = "serving a first token"
+FIRST_ANSWER = "serving a first token"
 REGISTERING = "registering"
 READY = "ready"
 RESTARTING = "restarting"

@@ -20,7 +20,7 @@ from pathlib import Path
 from twolane.errors import StartError
 from twolane.launch import probes, upkeep
 from twolane.launch.diagnose import not_registered
-from twolane.launch.phases import FIRST_TOKEN, GIVEN_UP, READY, REGISTERING, RESTARTING
+from twolane.launch.phases import FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING
 from twolane.launch.plan import Plan
 from twolane.launch.process import identify
 from twolane.launch.service import Service, ServiceError, describe_exit
@@ -132,7 +132,7 @@ class Supervisor:
         if spec.role == "proxy":
             return await self._poll(service, lambda: probes.proxy_answers(proxy))
         await self._poll(service, lambda: probes.is_healthy(spec))
-        service.enter(FIRST_TOKEN)
+        service.enter(FIRST_ANSWER)
         await self._poll(service, lambda: probes.serves_a_token(spec, self._plan.model.names[0]))
         service.enter(REGISTERING)
         return await self._poll(service, lambda: probes.is_registered(proxy, spec))
