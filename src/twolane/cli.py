@@ -40,21 +40,24 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def without_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is not None:
-        return
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        run_menu(console(), language(os.environ))
-    else:
-        typer.echo(context.get_help())
+    if context.invoked_subcommand is None:
+        _menu_or_help(context)
 
 
 @app.command(epilog=EPILOG)
-def menu() -> None:
+def menu(context: typer.Context) -> None:
     """Choose from a menu: what `twolane` alone shows on a terminal. LANG=zh_CN.UTF-8 makes it Chinese.
 
     Example: twolane menu
     """
-    run_menu(console(), language(os.environ))
+    _menu_or_help(context)
+
+
+def _menu_or_help(context: typer.Context) -> None:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        run_menu(console(), language(os.environ))
+    else:
+        typer.echo(context.find_root().get_help())
 
 
 @app.command(epilog=EPILOG)

@@ -9,6 +9,7 @@ import pytest
 from twolane.config import Settings
 from twolane.errors import ConfigError
 from twolane.launch.configuration import KEYS, VARIABLES, ConfigFile, Configuration, load, resolve
+from twolane.launch.keys import HELP, toml_text
 from twolane.launch.values import PARSERS
 
 
@@ -37,7 +38,7 @@ def test_the_recipes_variables_keep_their_names_and_the_others_have_the_prefix()
         *("MODEL", "PREFILL_GPU", "DECODE_GPU", "PREFILL_HTTP_PORT", "DECODE_HTTP_PORT", "PREFILL_KV_PORT"),
         *("DECODE_KV_PORT", "HTTP_PROXY_PORT", "PROXY_PORT", "TIMEOUT_SECONDS"),
     }
-    assert set(PARSERS) == set(KEYS)
+    assert set(PARSERS) == set(KEYS) == set(HELP)
 
 
 def test_values_are_read() -> None:
@@ -113,6 +114,12 @@ def test_a_wrong_file_is_told_with_line_and_nearest_word(text: str, words: str) 
     with pytest.raises(ConfigError) as error:
         from_file(text)
     assert words in str(error.value)
+
+
+def test_what_config_write_makes_may_be_uncommented_as_it_stands() -> None:
+    made = from_file("prefill = 2\nvllm_args = ['--seed', '1']\n")
+    text = "\n".join(line.removeprefix("# ") if " = " in line else line for line in toml_text(made).splitlines())
+    assert from_file(text).settings == made.settings
 
 
 def test_toml_errors_name_the_line() -> None:

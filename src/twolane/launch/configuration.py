@@ -116,7 +116,8 @@ def _from_file(file: ConfigFile | None) -> list[Layer]:
         place = f"{file.name}:{line_of(key, file.text)}"
         if key not in KEYS:
             raise ConfigError(f"{place}: {key!r} is no setting{nearest(key, KEYS)}")
-        layers.append((key, raw, place, key))
+        if raw != "":  # as good as none, as in the environment
+            layers.append((key, raw, place, key))
     return layers
 
 
