@@ -32,7 +32,7 @@ SOURCE = Path(twolane.__file__).parent.parent
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
 ROOT = Path(__file__).parent.parent.parent
 PORTS = ("HTTP_PROXY_PORT", "PROXY_PORT", "PREFILL_HTTP_PORT", "DECODE_HTTP_PORT")
-WAIT_S = 30
+WAIT_S = 60
 
 
 class Place:
