@@ -82,7 +82,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def discovery_address(self) -> str:
-        return f"{self.proxy_address.rpartition(':')[0]}:{self.discovery_port}"
+        return f"127.0.0.1:{self.discovery_port}"
 
     def instances(self) -> list[ServiceSpec]:
         return [spec for spec in self.services if spec.role != "proxy"]
@@ -150,7 +150,7 @@ def _instance(
     http_port = (settings.prefill_http_port if prefill else settings.decode_http_port) + PORT_STEP * index
     kv_port = (settings.prefill_kv_port if prefill else settings.decode_kv_port) + PORT_STEP * index
     name = role if count == 1 else f"{role}-{index + 1}"
-    discovery = (reachable(settings.host), settings.proxy_port)
+    discovery = ("127.0.0.1", settings.proxy_port)  # on loopback, whatever the proxy's host
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
     argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
     argv += ["--kv-transfer-config", json.dumps(kv_config(settings.kv, role, http_port, kv_port, discovery))]
