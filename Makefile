@@ -9,7 +9,7 @@ export MODEL
 help:  ## Show this
 	@echo "TwoLane: make WORD, where WORD is one of"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile
-	@echo "Settings by environment, as in: make up MODEL=/models/qwen3-4b HTTP_PORT=8080"
+	@echo "Settings by environment, as in: make up MODEL=/models/qwen3-4b HTTP_PROXY_PORT=8080"
 
 up:  ## Install what is missing, start all services, send a first request through both lanes
 	@$(BOOTSTRAP) up
@@ -28,7 +28,7 @@ lint: install  ## ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-test: lint  ## lint, then all tests (they start real engines: about 10 minutes on 2 cores)
+test: lint  ## lint, then all tests (they start real engines: about 12 minutes on 2 cores)
 	.venv/bin/python -m pytest
 
 lock:  ## Resolve requirements/*.in into the lock files again

@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
-from twolane.config import DISCOVERY_PORT, HTTP_PORT, ProxySettings, Settings
+from twolane import cli_tools
+from twolane.config import ProxySettings, Settings
 from twolane.errors import ConfigError, TwoLaneError
+from twolane.flags import EPILOG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG, console, with_settings
 from twolane.launch import commands
+from twolane.launch import status as status_of
+from twolane.launch.configuration import Configuration, load
 from twolane.launch.control import Files
+from twolane.launch.menu import language, run_menu
 from twolane.launch.plan import load_plan
+from twolane.launch.process import rotate
+from twolane.launch.role import run_role
 from twolane.launch.supervisor import Supervisor
 
-EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
 LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
-EPILOG = "Exit codes: 0 ok, 1 failed, 2 wrong setting or machine, 130 interrupted."
+Index = Annotated[int, typer.Option(min=1, help="Which instance of the role, where there are several.")]
+VllmOptions = Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="More options for vLLM.")]
 
 app = typer.Typer(
     help="Serves an LLM in two lanes: prefill and decode instances of vLLM behind a proxy, the KV cache crossing over.",
@@ -36,18 +42,38 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def without_command(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        _menu_or_help(context)
 
 
 @app.command(epilog=EPILOG)
-def up() -> None:
-    """Start proxy, prefill and decode instances in the background, and send a first request through both lanes.
+def menu(context: typer.Context) -> None:
+    """Choose from a menu: what `twolane` alone shows on a terminal. LANG=zh_CN.UTF-8 makes it Chinese.
 
-    Settings come from the environment: MODEL, HTTP_PORT, NUM_PREFILL, NUM_DECODE, VLLM_ARGS and more (see README).
-
-    Example: MODEL=/models/qwen3-4b twolane up
+    Example: twolane menu
     """
-    commands.up(Settings.from_env(os.environ), console())
+    _menu_or_help(context)
+
+
+def _menu_or_help(context: typer.Context) -> None:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        run_menu(console(), language(os.environ))
+    else:
+        typer.echo(context.find_root().get_help())
+
+
+@app.command(epilog=EPILOG)
+@with_settings()
+def up(
+    made: Configuration,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, show the logs; Ctrl+C stops all.")] = False,
+) -> None:
+    """Start all services in the background and send a first request through both lanes; only what isn't running yet.
+
+    Example: twolane up --model /models/qwen3-4b --prefill 2 --decode 2
+    """
+    commands.up(made.settings, console())
+    if foreground:
+        commands.stay(made.settings, console())
 
 
 @app.command(epilog=EPILOG)
@@ -56,32 +82,62 @@ def down() -> None:
 
     Example: twolane down
     """
-    commands.down(Settings.from_env(os.environ), console())
+    commands.down(Settings(), console())  # a configuration that has become wrong must not keep it from stopping
 
 
 @app.command(epilog=EPILOG)
-def status(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def restart(role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")]) -> None:
+    """Start a role's instances again, one after the other, or one instance. Also one that was given up.
+
+    Example: twolane restart decode-2
+    """
+    commands.restart(Settings(), role, console())
+
+
+@app.command(epilog=EPILOG)
+@with_settings(("host", "http_proxy_port"))
+def status(made: Configuration, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Show what runs in this folder. Exit code 1 if nothing does.
 
     Example: twolane status --json
     """
-    report = commands.status(Settings.from_env(os.environ))
+    report = status_of.status(made.settings)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        commands.print_status(report, console())
-    raise typer.Exit(EXIT_OK if report["running"] else EXIT_FAILED)
+        status_of.print_status(report, console())
+    raise typer.Exit(EXIT_OK if report["services"] else EXIT_FAILED)
+
+
+@app.command(epilog=EPILOG)
+@with_settings()
+def prefill(made: Configuration, index: Index = 1, vllm_options: VllmOptions = None) -> None:
+    """Run a prefill instance in the foreground. Options after `--` go to vLLM unchanged.
+
+    Example: twolane prefill --prefill-gpu 0 -- --max-num-seqs 64
+    """
+    run_role(made.settings, "prefill", index, vllm_options or [], console())
+
+
+@app.command(epilog=EPILOG)
+@with_settings()
+def decode(made: Configuration, index: Index = 1, vllm_options: VllmOptions = None) -> None:
+    """Run a decode instance in the foreground. Options after `--` go to vLLM unchanged.
+
+    Example: twolane decode --decode-gpu 1 -- --max-num-seqs 64
+    """
+    run_role(made.settings, "decode", index, vllm_options or [], console())
 
 
 @app.command(epilog=EPILOG)
 def proxy(
     *,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = ProxySettings.host,
-    http_port: Annotated[int, typer.Option(help="Port of the OpenAI server.")] = HTTP_PORT,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (TWOLANE_HOST).")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of the OpenAI server (HTTP_PROXY_PORT).")] = None,
     discovery_host: Annotated[
         str, typer.Option(help="Address at which instances register.")
     ] = ProxySettings.discovery_host,
-    discovery_port: Annotated[int, typer.Option(help="Port at which instances register.")] = DISCOVERY_PORT,
+    discovery_port: Annotated[int | None, typer.Option(help="Port at which instances register (PROXY_PORT).")] = None,
     registration_secret_file: Annotated[
         Path | None, typer.Option(help="The secret that registrations are signed with; needed off loopback.")
     ] = None,
@@ -122,22 +178,23 @@ def proxy(
     Example: twolane proxy --http-port 8080
     Example: twolane proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --kv nixl
     """
-    from twolane.proxy import flags  # noqa: PLC0415 - the other commands start faster without it
+    from twolane.proxy import flags as proxy_flags  # noqa: PLC0415 - the other commands start faster without it
     from twolane.proxy.service import run, tune_collector  # noqa: PLC0415
 
-    log_requests_to_stderr()
-    secrets = flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
+    made = load({"host": host}).settings
+    log_requests_to_stderr(made.log_dir / "proxy.log" if sys.stderr.isatty() else None)
+    secrets = proxy_flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
     settings = ProxySettings(
-        host=host,
-        http_port=http_port,
+        host=made.host,
+        http_port=http_port or made.http_proxy_port,
         discovery_host=discovery_host,
-        discovery_port=discovery_port,
+        discovery_port=discovery_port or made.proxy_port,
         registration_secret=secrets[0],
         allowed_networks=tuple(allow_network or ProxySettings.allowed_networks),
-        instances=flags.parse_instances(prefill or [], decode or [], kv),
-        api_keys=flags.all_keys(api_key or [], api_key_file),
+        instances=proxy_flags.parse_instances(prefill or [], decode or [], kv),
+        api_keys=proxy_flags.all_keys(api_key or [], api_key_file),
         upstream_api_key=upstream_api_key,
-        policy=flags.parse_policy(policy),
+        policy=proxy_flags.parse_policy(policy),
         min_prefill_tokens=min_prefill_tokens,
         max_prefill_queue=max_prefill_queue,
         max_in_flight=max_in_flight,
@@ -163,9 +220,7 @@ async def _supervise(files: Files) -> int:
     return await Supervisor(load_plan(files.plan), files.state).run()
 
 
-def console() -> Console:
-    """Standard output; lines are not wrapped, so that they can be copied and searched."""
-    return Console(highlight=False, soft_wrap=True)
+app.add_typer(cli_tools.app)
 
 
 def log_to_stderr() -> None:
@@ -173,13 +228,21 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
 
 
-def log_requests_to_stderr() -> None:
-    """The same lines for a process that writes thousands a second: in batches, without what the format doesn't show."""
+def log_requests_to_stderr(also: Path | None) -> None:
+    """The same lines for a process that writes thousands a second: in batches, without what the format doesn't show.
+
+    `also`: a file that gets the same lines.
+    """
     from twolane.proxy.logs import BatchingHandler, SecondsFormatter  # noqa: PLC0415
 
-    handler = BatchingHandler(sys.stderr)
-    handler.setFormatter(SecondsFormatter(LOG_FORMAT))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    handlers: list[logging.Handler] = [BatchingHandler(sys.stderr)]
+    if also:
+        also.parent.mkdir(parents=True, exist_ok=True)
+        rotate(also)
+        handlers.append(logging.FileHandler(also))
+    for handler in handlers:
+        handler.setFormatter(SecondsFormatter(LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
     # As in the standard library's logging guide, "Optimization".
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

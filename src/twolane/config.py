@@ -5,14 +5,10 @@ Defaults are the ports that followers of the old P2pNcclConnector recipe have in
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from twolane.errors import ConfigError
 from twolane.protocol import Kind, Role
 
 HTTP_PORT = 10001
@@ -76,104 +72,39 @@ class ProxySettings:
 
 # --- what the launcher runs with --------------------------------------------------------------------------------------
 
-GPU_LIST = re.compile(r"\d+(,\d+)*")
+Kv = Literal["twolane", "nixl", "p2pnccl"]
+KV_KINDS: tuple[Kv, ...] = ("twolane", "nixl", "p2pnccl")
+GpuGroups = tuple[tuple[int, ...], ...]  # a group an instance: its GPUs, one a tensor-parallel rank
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `twolane up` runs with. Paths are as given: relative ones count from the working directory."""
+    """What `twolane up` runs with. Paths are as given: relative ones count from the working directory.
+
+    A field's name is its key in twolane.toml and, with dashes, its flag; launch/configuration.py has the rest.
+    """
 
     model: str | None = None  # None: the default model
-    host: str = "127.0.0.1"  # of the proxy; instances are on loopback always
-    http_port: int = HTTP_PORT
-    discovery_port: int = DISCOVERY_PORT
-    prefill_port: int = PREFILL_PORT
-    decode_port: int = DECODE_PORT
+    prefill_gpu: GpuGroups = ()  # empty: GPUs are given out
+    decode_gpu: GpuGroups = ()
+    prefill: int = 1  # how many instances
+    decode: int = 1
+    prefill_http_port: int = PREFILL_PORT
+    decode_http_port: int = DECODE_PORT
     prefill_kv_port: int = PREFILL_KV_PORT
     decode_kv_port: int = DECODE_KV_PORT
-    prefill_gpus: tuple[int, ...] = ()  # one instance a GPU; empty: GPUs are given out
-    decode_gpus: tuple[int, ...] = ()
-    num_prefill: int = 1
-    num_decode: int = 1
+    http_proxy_port: int = HTTP_PORT  # where clients ask
+    proxy_port: int = DISCOVERY_PORT  # where instances register
+    timeout_seconds: float = 600.0  # for a start
+    host: str = "127.0.0.1"  # of the proxy; instances are on loopback always
+    kv: Kv = "twolane"
     max_model_len: int | None = None  # None: the model's own, but 8192 at most without a GPU
     vllm_args: tuple[str, ...] = ()  # for every instance
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
-    start_timeout_s: float = 600.0
+    restart_tries: int = 5  # an instance that ends more often than this ...
+    restart_minutes: float = 10.0  # ... within this time is given up
+    log_max_mb: int = 100  # a log that grows larger moves to NAME.log.1
     log_dir: Path = Path("logs")
-    state_dir: Path = Path(".twolane")
     cache_dir: Path = Path(".twolane/cache")
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Reads upper-case variables of the fields' names. ConfigError names variable, value and what is allowed."""
-        prefill_gpus, decode_gpus = _gpus(env, "PREFILL_GPUS"), _gpus(env, "DECODE_GPUS")
-        max_model_len = _whole(env, "MAX_MODEL_LEN", 0, (1, 1 << 30))
-        return cls(
-            model=env.get("MODEL") or None,
-            host=env.get("HOST") or "127.0.0.1",
-            http_port=_port(env, "HTTP_PORT", HTTP_PORT),
-            discovery_port=_port(env, "DISCOVERY_PORT", DISCOVERY_PORT),
-            prefill_port=_port(env, "PREFILL_PORT", PREFILL_PORT),
-            decode_port=_port(env, "DECODE_PORT", DECODE_PORT),
-            prefill_kv_port=_port(env, "PREFILL_KV_PORT", PREFILL_KV_PORT),
-            decode_kv_port=_port(env, "DECODE_KV_PORT", DECODE_KV_PORT),
-            prefill_gpus=prefill_gpus,
-            decode_gpus=decode_gpus,
-            num_prefill=_count(env, "NUM_PREFILL", prefill_gpus),
-            num_decode=_count(env, "NUM_DECODE", decode_gpus),
-            max_model_len=max_model_len or None,
-            vllm_args=_words(env, "VLLM_ARGS"),
-            prefill_args=_words(env, "PREFILL_ARGS"),
-            decode_args=_words(env, "DECODE_ARGS"),
-            start_timeout_s=float(_whole(env, "START_TIMEOUT_S", 600, (1, 86400))),
-            log_dir=Path(env.get("LOG_DIR") or "logs"),
-            cache_dir=_cache_dir(env),
-        )
-
-
-def _whole(env: Mapping[str, str], name: str, default: int, limits: tuple[int, int]) -> int:
-    """A whole number within `limits`; `default` where the variable is unset or empty."""
-    text = env.get(name, "").strip()
-    if not text:
-        return default
-    low, high = limits
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise ConfigError(f"{name}={text!r} is not a whole number from {low} to {high}")
-    return int(text)
-
-
-def _port(env: Mapping[str, str], name: str, default: int) -> int:
-    return _whole(env, name, default, (1024, 65535))
-
-
-def _gpus(env: Mapping[str, str], name: str) -> tuple[int, ...]:
-    text = env.get(name, "").replace(" ", "")
-    if not text:
-        return ()
-    if not GPU_LIST.fullmatch(text):
-        raise ConfigError(f"{name}={text!r} is not a list of GPU numbers such as 0 or 0,1 (one instance a GPU)")
-    return tuple(int(number) for number in text.split(","))
-
-
-def _count(env: Mapping[str, str], name: str, gpus: tuple[int, ...]) -> int:
-    """How many instances of a role: NUM_..., or one for each GPU named."""
-    count = _whole(env, name, len(gpus) or 1, (1, MAX_INSTANCES))
-    if gpus and count != len(gpus):
-        gpus_name = name.replace("NUM_", "") + "_GPUS"
-        raise ConfigError(f"{name}={count} does not fit {gpus_name}, which names {len(gpus)}: leave one of them out")
-    return count
-
-
-def _words(env: Mapping[str, str], name: str) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(env.get(name, "")))
-    except ValueError as error:
-        raise ConfigError(f"{name}={env[name]!r} can't be split into words: {error}") from error
-
-
-def _cache_dir(env: Mapping[str, str]) -> Path:
-    if env.get("TWOLANE_CACHE"):
-        return Path(env["TWOLANE_CACHE"]).expanduser()
-    base = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else Path.home() / ".cache"
-    return base / "twolane"
+    state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

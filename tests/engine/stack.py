@@ -17,7 +17,7 @@ import httpx
 import msgspec
 from rich.console import Console
 
-from twolane.config import Settings
+from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine
 from twolane.launch.model import resolve_model
 from twolane.launch.plan import Plan, ServiceSpec, make_plan
@@ -47,13 +47,13 @@ def free_ports(count: int) -> list[int]:
 def make_test_plan(log_dir: Path, **changes: Any) -> Plan:
     """1P1D of the default model on free ports, with small prefill chunks."""
     proxy, discovery, prefill, decode, prefill_kv, decode_kv = free_ports(6)
-    env_settings = Settings.from_env({})
+    env_settings = load({}, {}, Path("no such file")).settings
     settings = replace(
         env_settings,
-        http_port=proxy,
-        discovery_port=discovery,
-        prefill_port=prefill,
-        decode_port=decode,
+        http_proxy_port=proxy,
+        proxy_port=discovery,
+        prefill_http_port=prefill,
+        decode_http_port=decode,
         prefill_kv_port=prefill_kv,
         decode_kv_port=decode_kv,
         vllm_args=("--max-num-batched-tokens", str(CHUNK_TOKENS)),

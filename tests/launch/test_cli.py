@@ -11,14 +11,37 @@ from pathlib import Path
 
 import pytest
 
+import twolane as twolane_package
 from tests.launch.fakes import free_port
+
+SOURCE = str(Path(twolane_package.__file__).parent.parent)
+COMMANDS = [
+    "up",
+    "down",
+    "restart",
+    "status",
+    "logs",
+    "proxy",
+    "prefill",
+    "decode",
+    "test",
+    "bench",
+    "config",
+    "doctor",
+    "menu",
+]
+
+
+def quiet_ports() -> dict[str, str]:
+    """Not the usual ones, on which somebody may run TwoLane now."""
+    return {"HTTP_PROXY_PORT": str(free_port()), "PROXY_PORT": str(free_port())}
 
 
 def twolane(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "twolane.cli", *words],
         cwd=folder,
-        env={"PATH": os.environ["PATH"], "HOME": str(folder), **env},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": SOURCE, "HOME": str(folder), **quiet_ports(), **env},
         capture_output=True,
         text=True,
         timeout=60,
@@ -30,8 +53,8 @@ def twolane(folder: Path, *words: str, **env: str) -> subprocess.CompletedProces
     ("env", "words"),
     [
         ({"MODEL": "/no/such/model"}, "MODEL=/no/such/model does not exist"),
-        ({"HTTP_PORT": "abc"}, "HTTP_PORT='abc'"),
-        ({"PREFILL_GPUS": "0", "MODEL": "."}, "."),
+        ({"HTTP_PROXY_PORT": "abc"}, "HTTP_PROXY_PORT='abc'"),
+        ({"PREFILL_GPU": "0", "MODEL": "."}, "."),
     ],
 )
 def test_up_with_a_wrong_setting_says_one_sentence_and_exits_2(tmp_path: Path, env: dict[str, str], words: str) -> None:
@@ -50,7 +73,7 @@ def test_nothing_runs(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "nothing is running in this folder\n")
 
 
-@pytest.mark.parametrize("command", ["up", "down", "status", "proxy"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_and_the_exit_codes(tmp_path: Path, command: str) -> None:
     done = twolane(tmp_path, command, "--help")
     assert done.returncode == 0

@@ -70,7 +70,7 @@ def test_no_space_for_the_default_model_is_told_before_the_work(
     broken_gguf: Settings, monkeypatch: pytest.MonkeyPatch, progress: Progress
 ) -> None:
     monkeypatch.setattr(model, "CONVERT_SPACE_BYTES", 1 << 60)
-    with pytest.raises(StartError, match="TWOLANE_CACHE"):
+    with pytest.raises(StartError, match="TWOLANE_CACHE_DIR"):
         resolve_model(broken_gguf, "cpu", progress)
 
 

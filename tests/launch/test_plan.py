@@ -8,6 +8,7 @@ import pytest
 
 from twolane.config import Settings
 from twolane.errors import ConfigError
+from twolane.launch.kv import CONNECTORS, check_kv
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, load_plan, make_plan, save_plan
 from twolane.launch.supervisor import start_order
 
@@ -65,7 +66,7 @@ def test_kv_transfer_config_of_both_roles() -> None:
 
 
 def test_more_instances_get_ports_and_logs_of_their_own() -> None:
-    services = by_name(make_plan(Settings(num_prefill=2, num_decode=3), CPU, MODEL))
+    services = by_name(make_plan(Settings(prefill=2, decode=3), CPU, MODEL))
     assert list(services) == ["proxy", "prefill-1", "prefill-2", "decode-1", "decode-2", "decode-3"]
     assert [services[name].http_port for name in list(services)[1:]] == [20003, 20013, 20005, 20015, 20025]
     assert [services[name].kv_port for name in list(services)[1:]] == [21001, 21011, 22001, 22011, 22021]
@@ -73,28 +74,33 @@ def test_more_instances_get_ports_and_logs_of_their_own() -> None:
 
 
 def test_gpus_are_given_out_in_order_around_those_that_are_named() -> None:
-    plan = make_plan(Settings(decode_gpus=(0, 2), num_decode=2, num_prefill=2), FOUR_GPUS, MODEL)
+    plan = make_plan(Settings(decode_gpu=((0,), (2,)), decode=2, prefill=2), FOUR_GPUS, MODEL)
     services = by_name(plan)
-    assert [services[name].gpu for name in ("prefill-1", "prefill-2", "decode-1", "decode-2")] == [1, 3, 0, 2]
+    assert [services[name].gpus for name in ("prefill-1", "prefill-2", "decode-1", "decode-2")] == [
+        (1,),
+        (3,),
+        (0,),
+        (2,),
+    ]
     assert services["prefill-2"].env["CUDA_VISIBLE_DEVICES"] == "3"
     assert "--enforce-eager" not in services["prefill-1"].argv
 
 
 def test_instances_that_share_a_gpu_start_in_turn() -> None:
-    plan = make_plan(Settings(prefill_gpus=(0,), decode_gpus=(0, 1), num_decode=2), FOUR_GPUS, MODEL)
+    plan = make_plan(Settings(prefill_gpu=((0,),), decode_gpu=((0,), (1,)), decode=2), FOUR_GPUS, MODEL)
     assert start_order(plan) == [[0], [1, 2], [3]]
 
 
 @pytest.mark.parametrize(
     ("settings", "machine", "words"),
     [
-        (Settings(prefill_gpus=(0,)), CPU, "CPU engine"),
-        (Settings(prefill_gpus=(7,)), FOUR_GPUS, "GPU 7 is not there"),
-        (Settings(num_prefill=3, num_decode=2), FOUR_GPUS, "5 instances need a GPU each"),
-        (Settings(decode_port=20003), CPU, "too close"),
-        (Settings(decode_port=20013, num_prefill=2), CPU, "too close"),
+        (Settings(prefill_gpu=((0,),)), CPU, "CPU engine"),
+        (Settings(prefill_gpu=((7,),)), FOUR_GPUS, "GPU 7 is not there"),
+        (Settings(prefill=3, decode=2), FOUR_GPUS, "5 instances need a GPU each"),
+        (Settings(decode_http_port=20003), CPU, "too close"),
+        (Settings(decode_http_port=20013, prefill=2), CPU, "too close"),
         (Settings(decode_kv_port=21008), CPU, "too close"),
-        (Settings(http_port=30001), CPU, "too close"),
+        (Settings(http_proxy_port=30001), CPU, "too close"),
         (Settings(decode_kv_port=65530), CPU, "above 65535"),
     ],
 )
@@ -119,6 +125,32 @@ def test_instances_reach_a_proxy_that_listens_everywhere() -> None:
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    plan = make_plan(Settings(num_prefill=2), FOUR_GPUS, MODEL)
+    plan = make_plan(Settings(prefill=2), FOUR_GPUS, MODEL)
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
+
+
+def test_two_gpus_an_instance_are_one_instance_with_tensor_parallelism() -> None:
+    plan = make_plan(Settings(prefill_gpu=((2, 3),)), FOUR_GPUS, MODEL)
+    services = by_name(plan)
+    assert services["decode"].gpus == (0, 1), "as many as the other role's"
+    assert services["prefill"].env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert value_after(services["decode"], "--tensor-parallel-size") == "2"
+    with pytest.raises(ConfigError, match="equal tensor parallelism"):
+        make_plan(Settings(prefill_gpu=((2, 3),), decode_gpu=((1,),)), FOUR_GPUS, MODEL)
+
+
+def test_vllms_own_connectors_are_configured_and_refused_where_there_are_none(tmp_path: Path) -> None:
+    nixl = by_name(make_plan(Settings(kv="nixl"), FOUR_GPUS, MODEL))["decode"]
+    assert kv_config(nixl) == {"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}
+    assert nixl.env["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "22001"
+    p2p = kv_config(by_name(make_plan(Settings(kv="p2pnccl"), FOUR_GPUS, MODEL))["prefill"])
+    assert (p2p["kv_connector"], p2p["kv_port"]) == ("P2pNcclConnector", "21001")
+    assert p2p["kv_connector_extra_config"]["proxy_port"] == "30001"
+    (tmp_path / CONNECTORS / "nixl").mkdir(parents=True)
+    check_kv("nixl", "cuda", tmp_path)
+    check_kv("twolane", "cpu", None)
+    with pytest.raises(ConfigError, match=r"removed it after 0\.23"):
+        check_kv("p2pnccl", "cuda", tmp_path)
+    with pytest.raises(ConfigError, match="CPU engine"):
+        check_kv("nixl", "cpu", tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -10,13 +11,23 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from tests.launch.fakes import DIES_AT_ONCE, make_run, make_spec, server_spec
 from tests.launch.test_process import wait_for
 from twolane.config import Settings
 from twolane.errors import StartError
-from twolane.launch import probes
-from twolane.launch.control import Files, await_start, exclusive, running, start_supervisor, stop_all
+from twolane.launch import commands, probes
+from twolane.launch.control import (
+    Files,
+    ask_restart,
+    await_ready,
+    await_start,
+    exclusive,
+    running,
+    start_supervisor,
+    stop_all,
+)
 from twolane.launch.plan import Plan
 from twolane.launch.state import ServiceState, State, read_state
 
@@ -119,3 +130,65 @@ def test_a_state_file_of_a_dead_run_stops_nobody(files: Files, tmp_path: Path) -
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def with_limits(plan: Plan, tries: int, log_max_bytes: int = 1 << 30) -> Plan:
+    return msgspec.structs.replace(plan, restart_tries=tries, log_max_bytes=log_max_bytes)
+
+
+def test_what_keeps_dying_is_given_up_with_its_reason_and_comes_back_when_asked(files: Files, tmp_path: Path) -> None:
+    plan = make_run(tmp_path, server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode"))
+    start(with_limits(plan, tries=1), files)
+    for restarts in (1, 2):
+        os.kill(service(files, "prefill").pid, signal.SIGKILL)
+        wait_for(lambda n=restarts: service(files, "prefill").restarts == n)  # type: ignore[misc]
+        wait_for(lambda: service(files, "prefill").phase in {"ready", "given up"})
+    given_up = service(files, "prefill")
+    assert given_up.phase == "given up"
+    assert given_up.reason == "ended killed by signal 9"
+    assert service(files, "decode").phase == "ready"
+    state = running(files)
+    assert state is not None
+    ask_restart(files, state, ["prefill"])
+    await_ready(files, {"prefill"}, {"prefill": given_up.pid}, lambda _: None)
+    back = service(files, "prefill")
+    assert (back.phase, back.reason) == ("ready", "")
+
+
+def test_a_restart_on_request_replaces_the_process_of_that_service_only(files: Files, tmp_path: Path) -> None:
+    plan = make_run(tmp_path, server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode"))
+    state = start(plan, files)
+    pids = {entry.name: entry.pid for entry in state.services}
+    ask_restart(files, state, ["decode"])
+    await_ready(files, {"decode"}, pids, lambda _: None)
+    assert service(files, "decode").pid != pids["decode"]
+    assert service(files, "prefill").pid == pids["prefill"]
+    assert not (files.folder / "restart").exists()
+
+
+def test_a_log_that_grows_too_large_moves_aside(files: Files, tmp_path: Path) -> None:
+    talker = server_spec(tmp_path, "prefill", "prefill")
+    code = "import threading, time\ndef talk():\n  while True: print('x' * 999, flush=True); time.sleep(0.01)\n"
+    code += "threading.Thread(target=talk, daemon=True).start()\n" + talker.argv[2]
+    talker = msgspec.structs.replace(talker, argv=(sys.executable, "-c", code, str(talker.http_port)))
+    start(with_limits(make_run(tmp_path, talker), tries=1, log_max_bytes=50_000), files)
+    log = Path(talker.log)
+    wait_for(log.with_name("prefill.log.1").exists)
+    wait_for(lambda: 0 < log.stat().st_size < 50_000)
+    assert log.read_bytes()[:1] != b"\0", "the writer goes on at the file's new beginning"
+
+
+def test_up_starts_only_what_is_not_running(files: Files, tmp_path: Path) -> None:
+    plan = make_run(tmp_path, server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode"))
+    start(with_limits(plan, tries=1), files)
+    for restarts in (1, 2):
+        os.kill(service(files, "decode").pid, signal.SIGKILL)
+        wait_for(lambda n=restarts: service(files, "decode").restarts == n)  # type: ignore[misc]
+        wait_for(lambda: service(files, "decode").phase in {"ready", "given up"})
+    kept = service(files, "prefill").pid
+    output = io.StringIO()
+    settings = Settings(state_dir=files.folder, log_dir=tmp_path / "logs")
+    commands.up(settings, Console(file=output, soft_wrap=True))
+    assert "starting what isn't running: decode\n" in output.getvalue()
+    assert service(files, "decode").phase == "ready"
+    assert service(files, "prefill").pid == kept

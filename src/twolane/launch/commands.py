@@ -1,24 +1,26 @@
-"""`up`, `down` and `status` as a person sees them."""
+"""`up`, `down` and `restart` as a person sees them."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+import sys
 
 from rich.console import Console
-from rich.table import Table
 
 from twolane.config import Settings
-from twolane.errors import StartError
-from twolane.launch import control, probes
+from twolane.errors import ConfigError, StartError
+from twolane.launch import control, logs, probes
+from twolane.launch.configuration import nearest
+from twolane.launch.doctor import examine
+from twolane.launch.facts import gather
 from twolane.launch.firstlight import FirstLight, curl_line, first_light
-from twolane.launch.hardware import inspect_machine
+from twolane.launch.hardware import inspect_machine, vllm_folder
+from twolane.launch.kv import check_kv
 from twolane.launch.model import resolve_model
-from twolane.launch.phases import READY
-from twolane.launch.plan import Plan, load_plan, make_plan
+from twolane.launch.phases import GIVEN_UP, READY
+from twolane.launch.plan import Machine, Plan, load_plan, make_plan
 from twolane.launch.ports import check_ports
 from twolane.launch.progress import Progress, ServicesView
-from twolane.launch.state import State, read_state
+from twolane.launch.state import State
 
 USUAL_START_S = {"cpu": 45.0, "cuda": 90.0}
 
@@ -28,23 +30,87 @@ def up(settings: Settings, console: Console) -> None:
     files = control.Files(settings)
     with control.exclusive(files):
         if state := control.running(files):
-            return _already(state, load_plan(files.plan), console)
+            return _complete(files, state, load_plan(files.plan), console)
         if leftovers := control.stop_all(files):
             console.print("left over from before: " + ", ".join(leftovers))
         machine = inspect_machine()
-        plan = make_plan(settings, machine, resolve_model(settings, machine.engine, Progress(console)))
+        plan = prepare(settings, machine, console)
         check_ports(plan)
-        console.print(f"starting {len(plan.services)} services with {plan.model.source}")
+        _warn(settings, plan, console)
+        console.print(f"starting {len(plan.services)} services with {plan.model.source}", markup=False)
         try:
             control.start_supervisor(plan, files)
-            with ServicesView(console, USUAL_START_S[machine.engine]) as view:
-                control.await_start(files, view.update)
-            light = first_light(plan)
+            light = _await_all(files, plan, machine.engine, console)
         except (KeyboardInterrupt, StartError):
             for line in control.stop_all(files):
                 console.print(line)
             raise
     return _tell(plan, light, console)
+
+
+def prepare(settings: Settings, machine: Machine, console: Console) -> Plan:
+    """What would be started. Converts the default model if that hasn't happened yet."""
+    check_kv(settings.kv, machine.engine, vllm_folder())
+    return make_plan(settings, machine, resolve_model(settings, machine.engine, Progress(console)))
+
+
+def _warn(settings: Settings, plan: Plan, console: Console) -> None:
+    """What the doctor finds: said before the wait for a start that may fail, but left to the user."""
+    folders = [settings.log_dir.absolute(), settings.cache_dir.absolute()]
+    for finding in examine(gather(plan, folders, running=False)):
+        if finding.level != "ok":
+            console.print(f"{finding.level}: {finding.text} ({finding.remedy})", markup=False)
+
+
+def _await_all(files: control.Files, plan: Plan, engine: str, console: Console) -> FirstLight:
+    with ServicesView(console, USUAL_START_S[engine]) as view:
+        control.await_start(files, view.update)
+    return first_light(plan)
+
+
+def _complete(files: control.Files, state: State, plan: Plan, console: Console) -> None:
+    """A supervisor runs: starts what isn't running, and nothing else."""
+    usual_s = USUAL_START_S[inspect_machine().engine]
+    if state.overall == "starting":  # the `up` that began it was killed
+        console.print("a start is going on already")
+        return _tell(plan, _await_all(files, plan, inspect_machine().engine, console), console)
+    waiting = [service for service in state.services if service.phase != READY]
+    if waiting:
+        console.print("starting what isn't running: " + ", ".join(service.name for service in waiting))
+        given_up = {service.name: service.pid for service in waiting if service.phase == GIVEN_UP}
+        if given_up:
+            control.ask_restart(files, state, list(given_up))
+        with ServicesView(console, usual_s) as view:
+            control.await_ready(files, {service.name for service in waiting}, given_up, view.update)
+    if not probes.proxy_answers(plan.proxy_address):
+        raise StartError(f"it is running, but the proxy doesn't answer at {plan.proxy_url}: `twolane restart proxy`")
+    console.print(f"{'up' if waiting else 'already up'}: {state.url} serves {state.model_names[0]}", markup=False)
+    return _tell_more(plan, console)
+
+
+def restart(settings: Settings, role: str, console: Console) -> None:
+    """One instance after the other, so that others of its role go on. ConfigError if there is no such service."""
+    files = control.Files(settings)
+    with control.exclusive(files):
+        state = control.running(files)
+        if state is None or state.overall != "up":
+            raise StartError("nothing is up in this folder: `twolane up` starts it")
+        names = chosen([(service.name, service.role) for service in state.services], role)
+        for name in names:
+            old_pids = {service.name: service.pid for service in state.services if service.name == name}
+            control.ask_restart(files, state, [name])
+            with ServicesView(console, USUAL_START_S[inspect_machine().engine]) as view:
+                control.await_ready(files, {name}, old_pids, view.update)
+            console.print(f"{name}: started again")
+
+
+def chosen(services: list[tuple[str, str]], word: str) -> list[str]:
+    """Names of the services that a word means: a role, a name, or `all`. ConfigError with the nearest right word."""
+    names = [name for name, role in services if word in {name, role, "all"}]
+    if not names:
+        known = tuple(dict.fromkeys([word for pair in services for word in pair]))
+        raise ConfigError(f"{word!r} is no role or instance here ({', '.join(known)}){nearest(word, known)}")
+    return names
 
 
 def down(settings: Settings, console: Console) -> None:
@@ -60,69 +126,15 @@ def down(settings: Settings, console: Console) -> None:
         console.print(line)
 
 
-def status(settings: Settings) -> dict[str, Any]:
-    """What runs, for --json. `running` says whether the supervisor does."""
+def stay(settings: Settings, console: Console) -> None:
+    """What `up --foreground` does once all is up: shows the logs until Ctrl+C, then stops all."""
     files = control.Files(settings)
-    state = control.running(files)
-    if state is None:
-        leftover = read_state(files.state)
-        return {
-            "running": False,
-            "services": [],
-            "left_over": bool(leftover and any(s.members for s in leftover.services)),
-        }
-    services = [
-        {
-            "name": service.name,
-            "role": service.role,
-            "pid": service.pid,
-            "gpu": service.gpu,
-            "http_port": service.http_port,
-            "kv_port": service.kv_port,
-            "state": service.phase,
-            "for_s": round(time.time() - service.since),
-            "restarts": service.restarts,
-            "log": service.log,
-        }
-        for service in state.services
-    ]
-    return {
-        "running": True,
-        "state": state.overall,
-        "url": state.url,
-        "models": list(state.model_names),
-        "supervisor_pid": state.supervisor.pid,
-        "services": services,
-    }
-
-
-def print_status(report: dict[str, Any], console: Console) -> None:
-    if not report["running"]:
-        console.print(
-            "nothing is running in this folder" + (", but something is left over: `twolane down`" * report["left_over"])
-        )
-        return
-    console.print(f"{report['state']}  {report['url']}  model {report['models'][0]}")
-    table = Table(box=None, pad_edge=False)
-    columns = ("name", "pid", "gpu", "http_port", "kv_port", "state", "for_s", "restarts", "log")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for service in report["services"]:
-        table.add_row(*("-" if service[column] is None else str(service[column]) for column in columns))
-    console.print(table)
-
-
-def _already(state: State, plan: Plan, console: Console) -> None:
-    if state.overall != "up":
-        raise StartError(f"a supervisor is already at work here (state: {state.overall}); `twolane status` shows it")
-    waiting = [service.name for service in state.services if service.phase != READY]
-    if waiting or not probes.proxy_answers(plan.proxy_address):
-        raise StartError(
-            f"it is running, but not all is well ({', '.join(waiting) or 'the proxy does not answer'}): "
-            "`twolane status` shows it, `twolane down` stops it"
-        )
-    console.print(f"already up: {state.url} serves {state.model_names[0]}")
-    _tell_more(plan, console)
+    console.print("\nCtrl+C stops everything")
+    try:
+        logs.follow(logs.files_of(settings), sys.stdout.write, lambda: control.running(files) is not None)
+    except KeyboardInterrupt:
+        console.print()
+    down(settings, console)
 
 
 def _tell(plan: Plan, light: FirstLight, console: Console) -> None:

@@ -15,15 +15,20 @@ from pathlib import Path
 
 from twolane.config import Settings
 from twolane.errors import StartError
+from twolane.launch.phases import GIVEN_UP, READY
 from twolane.launch.plan import Plan, save_plan
 from twolane.launch.process import GONE, identify, last_lines, rotate, stop_group, wait_all
 from twolane.launch.state import ServiceState, State, read_state
 from twolane.launch.supervisor import INSTANCE_STOP_S, PROXY_STOP_S, RUN_DIR_PREFIX
+from twolane.launch.upkeep import wishes_file
 
 POLL_S = 0.1
 SUPERVISOR_START_S = 20.0
 SUPERVISOR_STOP_S = PROXY_STOP_S + INSTANCE_STOP_S + 20.0
 LEFTOVER_STOP_S = 5.0
+
+
+Show = Callable[[list[ServiceState]], None]
 
 
 class Files:
@@ -72,6 +77,32 @@ def start_supervisor(plan: Plan, files: Files) -> None:
         time.sleep(POLL_S)
 
 
+def ask_restart(files: Files, state: State, names: list[str]) -> None:
+    """Tells the supervisor to start these services again; returns at once."""
+    wishes = wishes_file(files.state)
+    fresh = wishes.with_suffix(".new")
+    fresh.write_text("\n".join(names))
+    fresh.replace(wishes)
+    os.kill(state.supervisor.pid, signal.SIGHUP)
+
+
+def await_ready(files: Files, names: set[str], old_pids: dict[str, int], show: Show) -> None:
+    """Until these services are ready as other processes than before. StartError if one is given up, or all is ended."""
+    while True:
+        state = running(files)
+        if state is None or state.overall != "up":
+            raise StartError("the supervisor was stopped meanwhile")
+        show(state.services)
+        mine = [service for service in state.services if service.name in names]
+        fresh = [service for service in mine if service.pid != old_pids.get(service.name)]
+        for service in fresh:
+            if service.phase == GIVEN_UP:
+                raise StartError(f"{service.name} was given up: {service.reason}; its log is {service.log}")
+        if len(fresh) == len(names) and all(service.phase == READY for service in fresh):
+            return
+        time.sleep(POLL_S)
+
+
 def _spawn_detached(files: Files) -> int:
     """In a session of its own, with nothing of this process's terminal. It outlives this process."""
     argv = [sys.executable, "-m", "twolane.cli", "supervise", "--state-dir", str(files.folder)]
@@ -84,7 +115,7 @@ def _spawn_detached(files: Files) -> int:
     return os.posix_spawn(sys.executable, argv, os.environ, file_actions=streams, setsid=True)
 
 
-def await_start(files: Files, show: Callable[[list[ServiceState]], None]) -> State:
+def await_start(files: Files, show: Show) -> State:
     """Until all services are ready. StartError with the reason and the failed service's last lines if they won't be."""
     while True:
         state = read_state(files.state)

@@ -78,11 +78,17 @@ def read_stream(answer: bytes) -> tuple[str, dict[str, int]]:
 
 def decode_sources(plan: Plan) -> dict[str, int]:
     """Prompt tokens by source, all decode instances together."""
+    return sources_of([spec.address for spec in plan.services if spec.role == "decode"])
+
+
+def sources_of(addresses: list[str]) -> dict[str, int]:
+    """The same of the decode instances at these addresses. One that doesn't answer counts nothing."""
     total: dict[str, int] = {}
-    for spec in plan.services:
-        if spec.role != "decode":
+    for address in addresses:
+        try:
+            status, text = probes.request(address, "GET", "/metrics")
+        except (OSError, http.client.HTTPException):
             continue
-        status, text = probes.request(spec.address, "GET", "/metrics")
         for source, value in prompt_sources(text.decode() if status == 200 else "").items():
             total[source] = total.get(source, 0) + value
     return total

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 from twolane.errors import ConfigError
 from twolane.launch.plan import Engine, Machine
@@ -43,3 +45,25 @@ def visible_gpus() -> tuple[int, ...]:
     if named and all(part.isdigit() for part in named.split(",")):
         return tuple(int(part) for part in named.split(",") if int(part) in present)
     return present
+
+
+def vllm_folder() -> Path | None:
+    """Where vLLM's package lies. Finds it without importing it."""
+    spec = importlib.util.find_spec("vllm")
+    places = list((spec and spec.submodule_search_locations) or [])
+    return Path(places[0]) if places else None
+
+
+def gpu_names() -> list[str]:
+    """Of all NVIDIA GPUs of this machine."""
+    import pynvml  # noqa: PLC0415 - see above
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    finally:
+        pynvml.nvmlShutdown()

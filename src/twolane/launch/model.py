@@ -105,7 +105,7 @@ def _convert_once(gguf: Path, folder: Path, log: Path, progress: Progress) -> No
                 _convert(gguf, folder, log)
     except OSError as error:
         raise StartError(
-            f"the model can't be put into {folder.parent}: {error}; another folder can be named with TWOLANE_CACHE"
+            f"the model can't be put into {folder.parent}: {error}; another folder can be named with TWOLANE_CACHE_DIR"
         ) from error
 
 
@@ -113,7 +113,7 @@ def _convert(gguf: Path, folder: Path, log: Path) -> None:
     if (free_bytes := shutil.disk_usage(folder.parent).free) < CONVERT_SPACE_BYTES:
         raise StartError(
             f"converting the model needs {CONVERT_SPACE_BYTES / 1e9:.1f} GB in {folder.parent}, where "
-            f"{free_bytes / 1e9:.1f} GB are free: make room, or name another folder with TWOLANE_CACHE"
+            f"{free_bytes / 1e9:.1f} GB are free: make room, or name another folder with TWOLANE_CACHE_DIR"
         )
     log.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{DEFAULT_NAME}-", dir=folder.parent))

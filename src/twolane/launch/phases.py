@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 IMPORTING = "importing"
+FIRST_ANSWER = "serving a first token"
 REGISTERING = "registering"
 READY = "ready"
+RESTARTING = "restarting"
+GIVEN_UP = "given up"
 # A line that holds the text means that the phase has begun. In the order in which they come.
 MARKS: tuple[tuple[str, str], ...] = (
     ("non-default args", "reading the model's config"),

@@ -13,8 +13,10 @@ from typing import Literal
 
 import msgspec
 
-from twolane.config import Settings
+from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
+from twolane.launch.gpus import assign_gpus
+from twolane.launch.kv import kv_config, kv_env
 
 Role = Literal["proxy", "prefill", "decode"]
 Engine = Literal["cpu", "cuda"]
@@ -54,7 +56,7 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     http_port: int
     log: str
     kv_port: int | None = None
-    gpu: int | None = None
+    gpus: tuple[int, ...] = ()  # one a tensor-parallel rank
 
     @property
     def address(self) -> str:
@@ -69,57 +71,45 @@ class Plan(msgspec.Struct, frozen=True):
     proxy_address: str
     discovery_port: int
     start_timeout_s: float
+    kv: Kv = "twolane"
+    restart_tries: int = 5
+    restart_within_s: float = 600.0
+    log_max_bytes: int = 100_000_000
 
     @property
     def proxy_url(self) -> str:
         return f"http://{self.proxy_address}"
+
+    @property
+    def discovery_address(self) -> str:
+        return f"127.0.0.1:{self.discovery_port}"
 
     def instances(self) -> list[ServiceSpec]:
         return [spec for spec in self.services if spec.role != "proxy"]
 
 
 def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
-    """ConfigError if two services would need the same port, or if there are fewer GPUs than instances."""
-    prefill_gpus, decode_gpus = assign_gpus(settings, machine)
+    """ConfigError if two services would need the same port, or if there are fewer GPUs than needed."""
+    prefill_gpus, decode_gpus = assign_gpus(settings, machine.engine, machine.gpus)
     given = (settings, machine, model)
     services = [
         _proxy(settings, machine),
-        *(_instance(*given, role="prefill", index=i, gpu=gpu) for i, gpu in enumerate(prefill_gpus)),
-        *(_instance(*given, role="decode", index=i, gpu=gpu) for i, gpu in enumerate(decode_gpus)),
+        *(_instance(*given, role="prefill", index=i, gpus=prefill_gpus) for i in range(settings.prefill)),
+        *(_instance(*given, role="decode", index=i, gpus=decode_gpus) for i in range(settings.decode)),
     ]
     plan = Plan(
         services=tuple(services),
         model=model,
-        proxy_address=f"{reachable(settings.host)}:{settings.http_port}",
-        discovery_port=settings.discovery_port,
-        start_timeout_s=settings.start_timeout_s,
+        proxy_address=proxy_address(settings),
+        discovery_port=settings.proxy_port,
+        start_timeout_s=settings.timeout_seconds,
+        kv=settings.kv,
+        restart_tries=settings.restart_tries,
+        restart_within_s=settings.restart_minutes * 60,
+        log_max_bytes=settings.log_max_mb * 1_000_000,
     )
     _check_collisions(plan)
     return plan
-
-
-def assign_gpus(settings: Settings, machine: Machine) -> tuple[list[int | None], list[int | None]]:
-    """Which GPU each P and each D gets (None without GPUs): what the settings name, then what is left, in order."""
-    if machine.engine == "cpu":
-        if settings.prefill_gpus or settings.decode_gpus:
-            raise ConfigError("PREFILL_GPUS and DECODE_GPUS need the GPU engine, but the CPU engine is installed")
-        return [None] * settings.num_prefill, [None] * settings.num_decode
-    named = {*settings.prefill_gpus, *settings.decode_gpus}
-    if missing := sorted(named - set(machine.gpus)):
-        raise ConfigError(f"GPU {missing[0]} is not there: this machine has {list(machine.gpus)}")
-    free = [gpu for gpu in machine.gpus if gpu not in named]
-    wanted = sum(
-        0 if gpus else count
-        for gpus, count in ((settings.prefill_gpus, settings.num_prefill), (settings.decode_gpus, settings.num_decode))
-    )
-    if wanted > len(free):
-        raise ConfigError(
-            f"{wanted} instances need a GPU each, but {len(free)} are free: lower NUM_PREFILL or NUM_DECODE, "
-            "or let instances share one with PREFILL_GPUS and DECODE_GPUS"
-        )
-    prefill: list[int | None] = list(settings.prefill_gpus or free[: settings.num_prefill])
-    rest = free if settings.prefill_gpus else free[settings.num_prefill :]
-    return prefill, list(settings.decode_gpus or rest[: settings.num_decode])
 
 
 def reachable(host: str) -> str:
@@ -127,16 +117,21 @@ def reachable(host: str) -> str:
     return "127.0.0.1" if host in {"0.0.0.0", "::", "localhost"} else host  # noqa: S104 - compared, not bound
 
 
+def proxy_address(settings: Settings) -> str:
+    """Where clients on this machine ask."""
+    return f"{reachable(settings.host)}:{settings.http_proxy_port}"
+
+
 def _proxy(settings: Settings, machine: Machine) -> ServiceSpec:
     argv = [machine.python, "-m", "twolane.cli", "proxy", "--host", settings.host]
-    argv += ["--http-port", str(settings.http_port), "--discovery-port", str(settings.discovery_port)]
+    argv += ["--http-port", str(settings.http_proxy_port), "--discovery-port", str(settings.proxy_port)]
     return ServiceSpec(
         name="proxy",
         role="proxy",
         argv=tuple(argv),
         env={"PYTHONUNBUFFERED": "1"},
         host=reachable(settings.host),
-        http_port=settings.http_port,
+        http_port=settings.http_proxy_port,
         log=str(settings.log_dir / "proxy.log"),
     )
 
@@ -148,44 +143,32 @@ def _instance(
     *,
     role: Literal["prefill", "decode"],
     index: int,
-    gpu: int | None,
+    gpus: GpuGroups,
 ) -> ServiceSpec:
     prefill = role == "prefill"
-    count = settings.num_prefill if prefill else settings.num_decode
-    http_port = (settings.prefill_port if prefill else settings.decode_port) + PORT_STEP * index
+    count = settings.prefill if prefill else settings.decode
+    http_port = (settings.prefill_http_port if prefill else settings.decode_http_port) + PORT_STEP * index
     kv_port = (settings.prefill_kv_port if prefill else settings.decode_kv_port) + PORT_STEP * index
     name = role if count == 1 else f"{role}-{index + 1}"
+    discovery = ("127.0.0.1", settings.proxy_port)  # on loopback, whatever the proxy's host
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
     argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
-    argv += ["--kv-transfer-config", json.dumps(_kv_config(settings, role, http_port, kv_port))]
+    argv += ["--kv-transfer-config", json.dumps(kv_config(settings.kv, role, http_port, kv_port, discovery))]
+    if len(gpus[index]) > 1:
+        argv += ["--tensor-parallel-size", str(len(gpus[index]))]
     argv += _engine_args(settings, machine, model)
     argv += [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
     return ServiceSpec(
         name=name,
         role=role,
         argv=tuple(argv),
-        env=_engine_env(settings, machine, model, gpu),
+        env=_engine_env(settings, machine, model, gpus[index]) | kv_env(settings.kv, kv_port),
         host="127.0.0.1",
         http_port=http_port,
         kv_port=kv_port,
-        gpu=gpu,
+        gpus=gpus[index],
         log=str(settings.log_dir / f"{name}.log"),
     )
-
-
-def _kv_config(settings: Settings, role: str, http_port: int, kv_port: int) -> dict[str, object]:
-    return {
-        "kv_connector": "TwoLaneConnector",
-        "kv_connector_module_path": "twolane.connector",
-        "kv_role": "kv_producer" if role == "prefill" else "kv_consumer",
-        "kv_port": kv_port,
-        "kv_load_failure_policy": "recompute",  # vLLM's default fails the request
-        "kv_connector_extra_config": {
-            "host": "127.0.0.1",
-            "http_address": f"127.0.0.1:{http_port}",
-            "discovery_address": f"127.0.0.1:{settings.discovery_port}",  # on loopback, whatever the proxy's HOST
-        },
-    }
 
 
 def _engine_args(settings: Settings, machine: Machine, model: ServedModel) -> list[str]:
@@ -198,14 +181,14 @@ def _engine_args(settings: Settings, machine: Machine, model: ServedModel) -> li
     return [*args, "--distributed-executor-backend", "uni"]
 
 
-def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpu: int | None) -> dict[str, str]:
+def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpus: tuple[int, ...]) -> dict[str, str]:
     env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     if model.local:
         env["HF_HUB_OFFLINE"] = "1"
-    if gpu is not None:
-        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    if gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
     if machine.engine == "cpu":
-        instances = settings.num_prefill + settings.num_decode
+        instances = settings.prefill + settings.decode
         env["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_SPACE_GIB)
         # The model in the engine's own process: as two processes, which is vLLM's default here, each busy-waits for the
         # other, also while a D only waits for KV, and that takes the core that P computes on (docs/LOG.md).
@@ -220,7 +203,7 @@ def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpu: i
 
 
 def _check_collisions(plan: Plan) -> None:
-    taken = [("DISCOVERY_PORT", plan.discovery_port, 1)]
+    taken = [("PROXY_PORT", plan.discovery_port, 1)]
     for spec in plan.services:
         taken.append((f"{spec.name}'s HTTP port", spec.http_port, 1))
         if spec.kv_port is not None:

@@ -52,11 +52,21 @@ def serves_a_token(spec: ServiceSpec, model_name: str) -> bool:
         return False
 
 
+def instances(proxy_address: str) -> list[dict[str, Any]] | None:
+    """What the proxy knows of its instances; None if it doesn't answer."""
+    stats = get_json(proxy_address, "/stats")
+    return stats.get("instances", []) if isinstance(stats, dict) else None
+
+
+def known_instances(proxy_address: str) -> list[str]:
+    """In words."""
+    return [f"{entry.get('address')} ({entry.get('state')})" for entry in instances(proxy_address) or []]
+
+
 def is_registered(proxy_address: str, spec: ServiceSpec) -> bool:
     """Whether the proxy would send requests to this instance."""
-    stats = get_json(proxy_address, "/stats")
-    instances = stats.get("instances", []) if isinstance(stats, dict) else []
-    return any(entry.get("address") == spec.address and entry.get("state") == "ready" for entry in instances)
+    known = instances(proxy_address) or []
+    return any(entry.get("address") == spec.address and entry.get("state") == "ready" for entry in known)
 
 
 def proxy_answers(proxy_address: str) -> bool:

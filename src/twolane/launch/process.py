@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -217,6 +218,21 @@ def rotate(log: Path) -> None:
     """Keeps one older log beside the new one, with `.1` behind its name."""
     if log.exists():
         log.replace(log.with_name(log.name + ".1"))
+
+
+def rotate_if_large(log: Path, max_bytes: int) -> bool:
+    """Moves the content of a log that is being written to NAME.1. Lines written between copy and cut are lost.
+
+    The writer holds the file open in append mode and goes on at its new beginning.
+    """
+    try:
+        if log.stat().st_size <= max_bytes:
+            return False
+        shutil.copyfile(log, log.with_name(log.name + ".1"))
+        os.truncate(log, 0)
+    except OSError:
+        return False
+    return True
 
 
 def last_lines(path: Path, count: int) -> list[str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 from pathlib import Path
 
 from twolane.errors import StartError
-from twolane.launch.phases import IMPORTING, READY, next_phase
+from twolane.launch.diagnose import diagnose
+from twolane.launch.phases import FIRST_ANSWER, IMPORTING, READY, REGISTERING, next_phase
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.process import Child, last_lines
 from twolane.launch.state import ServiceState
 
 TAIL_LINES = 20
+DIAGNOSED_LINES = 200
+PROBED = {FIRST_ANSWER, REGISTERING, READY}  # what the supervisor has found out; older log lines don't change it
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 STEADY_AFTER_S = 60.0  # ready for this long, and the next restart begins with the shortest wait again
 
@@ -32,11 +37,13 @@ class Service:
         self.child: Child | None = None
         self.changed = True  # the state file does not show the last change yet
         self.state = ServiceState(
-            name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpu=spec.gpu
+            name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpus=spec.gpus
         )
+        self.restart_wanted = asyncio.Event()  # somebody asks for a restart
         self._log_offset = 0
         self._ready_at_s = 0.0
         self._failures = 0  # since it was last steady
+        self._failed_at_s: deque[float] = deque()
 
     def start(self, temp_dir: Path) -> None:
         """Starts the child; its sockets and temporary files go into `temp_dir`."""
@@ -72,8 +79,11 @@ class Service:
             return
         whole, sep, _ = fresh.rpartition(b"\n")
         self._log_offset += len(whole) + len(sep)
-        if self.spec.role != "proxy":
+        if self.spec.role != "proxy" and self.state.phase not in PROBED:
             self.enter(next_phase(self.state.phase, whole.decode(errors="replace").splitlines()))
+
+    def log_was_cut(self) -> None:
+        self._log_offset = 0
 
     def check_alive(self) -> None:
         """ServiceError if the child has ended."""
@@ -82,8 +92,26 @@ class Service:
             raise self.error(f"ended while it was starting, {describe_exit(code)}")
 
     def error(self, what: str) -> ServiceError:
-        log = last_lines(Path(self.spec.log), TAIL_LINES)
-        return ServiceError(f"{self.spec.name} {what}; its log is {self.spec.log}", log)
+        log = last_lines(Path(self.spec.log), DIAGNOSED_LINES)
+        known = diagnose(log)
+        message = f"{self.spec.name} {what}; its log is {self.spec.log}" + (f"\n  reason: {known}" if known else "")
+        return ServiceError(message, log[-TAIL_LINES:])
+
+    def note_failure(self, reason: str, within_s: float) -> int:
+        """How often it has failed within the last `within_s`, this time included."""
+        now_s = time.monotonic()
+        self._failed_at_s.append(now_s)
+        while self._failed_at_s[0] < now_s - within_s:
+            self._failed_at_s.popleft()
+        known = diagnose(last_lines(Path(self.spec.log), DIAGNOSED_LINES))
+        self.state.reason, self.changed = known or reason, True
+        return len(self._failed_at_s)
+
+    def forgive(self) -> None:
+        """Past failures count no more."""
+        self._failed_at_s.clear()
+        self._failures = 0
+        self.state.reason, self.changed = "", True
 
     def exit_code(self) -> int | None:
         code = self.child.exit_code() if self.child else None

@@ -10,7 +10,7 @@ import msgspec
 
 from twolane.launch.process import ProcessId
 
-FORMAT = 1
+FORMAT = 2
 Overall = Literal["starting", "up", "stopping", "stopped", "failed"]
 
 
@@ -22,7 +22,7 @@ class ServiceState(msgspec.Struct):
     http_port: int
     log: str
     kv_port: int | None = None
-    gpu: int | None = None
+    gpus: tuple[int, ...] = ()
     phase: str = "waiting"
     since: float = 0.0  # Unix time at which the phase began: another process reads it
     pid: int = 0
@@ -30,6 +30,7 @@ class ServiceState(msgspec.Struct):
     members: list[ProcessId] = []
     restarts: int = 0
     exit_code: int | None = None  # of the last time it ended
+    reason: str = ""  # why it is being restarted, or was given up
 
 
 class State(msgspec.Struct):

@@ -1,7 +1,8 @@
 """Starts all services, keeps them running, ends them. Runs in the background as `twolane supervise`.
 
 Owns the children and the state file. A child that ends while it is starting ends the start; one that ends later is
-started again, after a wait that grows.
+started again, after a wait that grows, and given up after so many tries in so many minutes. On SIGHUP it reads names
+in the file `restart` beside its state file and starts those services again, also those that it gave up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from twolane.errors import StartError
-from twolane.launch import probes
-from twolane.launch.phases import READY, REGISTERING
+from twolane.launch import probes, upkeep
+from twolane.launch.diagnose import not_registered
+from twolane.launch.phases import FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING
 from twolane.launch.plan import Plan
 from twolane.launch.process import identify
 from twolane.launch.service import Service, ServiceError, describe_exit
@@ -40,17 +42,12 @@ def start_order(plan: Plan) -> list[list[int]]:
 
     Instances that share a GPU take turns: each measures the free memory while it starts.
     """
-    by_gpu: dict[int, list[int]] = {}
     order: list[list[int]] = []
     for index, spec in enumerate(plan.services):
-        if spec.gpu is None:
-            order.append([index])
-        elif spec.gpu in by_gpu:
-            by_gpu[spec.gpu].append(index)
-        else:
-            by_gpu[spec.gpu] = [index]
-            order.append(by_gpu[spec.gpu])
-    return order
+        sharing = [turn for turn in order if any(set(plan.services[i].gpus) & set(spec.gpus) for i in turn)]
+        order = [turn for turn in order if turn not in sharing]
+        order.append([*(i for turn in sharing for i in turn), index])
+    return sorted(order)
 
 
 class Supervisor:
@@ -80,9 +77,11 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, upkeep.take_wishes, self._state_path, self._services)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._publish_changes()), group.create_task(self._serve())]
+                work = (self._publish_changes(), self._serve(), upkeep.rotate_logs(self._plan, self._services))
+                tasks = [group.create_task(part) for part in (*work, upkeep.register(self._plan, self._services))]
                 await self._stop.wait()
                 for task in tasks:
                     task.cancel()
@@ -116,18 +115,24 @@ class Supervisor:
             async with asyncio.timeout(timeout_s):
                 await self._until_ready(service)
         except TimeoutError as error:
-            raise service.error(
-                f"was not ready after {timeout_s:.0f} s (it was at: {service.state.phase}; START_TIMEOUT_S allows more)"
-            ) from error
+            raise service.error(await asyncio.to_thread(self._why_not_ready, service, timeout_s)) from error
         service.enter(READY)
         log.info("service=%s pid=%d event=ready", service.spec.name, service.state.pid)
+
+    def _why_not_ready(self, service: Service, timeout_s: float) -> str:
+        what = f"was not ready after {timeout_s:.0f} s (it was at: {service.state.phase}; TIMEOUT_SECONDS allows more)"
+        if service.state.phase != REGISTERING:
+            return what
+        known = probes.known_instances(self._plan.proxy_address)
+        plan = self._plan
+        return f"{what}: {not_registered(service.spec.address, plan.discovery_address, plan.kv, known)}"
 
     async def _until_ready(self, service: Service) -> None:
         spec, proxy = service.spec, self._plan.proxy_address
         if spec.role == "proxy":
             return await self._poll(service, lambda: probes.proxy_answers(proxy))
         await self._poll(service, lambda: probes.is_healthy(spec))
-        service.enter("serving a first token")
+        service.enter(FIRST_ANSWER)
         await self._poll(service, lambda: probes.serves_a_token(spec, self._plan.model.names[0]))
         service.enter(REGISTERING)
         return await self._poll(service, lambda: probes.is_registered(proxy, spec))
@@ -142,24 +147,48 @@ class Supervisor:
             await asyncio.sleep(TICK_S)
 
     async def _keep(self, service: Service) -> None:
-        """Starts it again whenever it ends; never returns."""
+        """Starts it again whenever it ends or somebody asks for it; never returns."""
         while True:
             await self._until_exit(service)
-            code = service.exit_code()
-            log.warning("service=%s event=ended %s", service.spec.name, describe_exit(code or 0))
+            wait_s = self._restart_wait_s(service)
             service.state.restarts += 1
-            service.enter("restarting")
-            await asyncio.to_thread(service.stop, INSTANCE_STOP_S)  # what its leader left of the group
-            await asyncio.sleep(service.backoff_s())
+            service.enter(RESTARTING)
+            await asyncio.to_thread(
+                service.stop, PROXY_STOP_S if service.spec.role == "proxy" else INSTANCE_STOP_S
+            )  # or what its leader left of the group
+            if wait_s is None:
+                service.enter(GIVEN_UP)
+                log.error("service=%s event=given_up reason=%s", service.spec.name, service.state.reason)
+            await self._pause(service, wait_s)
             try:
                 await self._start(service)
             except StartError as error:
                 log.warning("service=%s event=restart_failed error=%s", service.spec.name, error)
                 await asyncio.to_thread(service.stop, INSTANCE_STOP_S)  # it may be alive, only not ready in time
 
+    def _restart_wait_s(self, service: Service) -> float | None:
+        """How long to wait before it is started again; None to give it up."""
+        code = service.exit_code()
+        if code is None:
+            return 0.0  # it was asked for
+        log.warning("service=%s event=ended %s", service.spec.name, describe_exit(code))
+        num_failures = service.note_failure(f"ended {describe_exit(code)}", self._plan.restart_within_s)
+        return service.backoff_s() if num_failures <= self._plan.restart_tries else None
+
+    async def _pause(self, service: Service, wait_s: float | None) -> None:
+        """Returns after `wait_s` (None: never), or as soon as somebody asks for a restart."""
+        try:
+            async with asyncio.timeout(wait_s):
+                await service.restart_wanted.wait()
+                service.forgive()
+        except TimeoutError:
+            pass
+        service.restart_wanted.clear()
+
     async def _until_exit(self, service: Service) -> None:
         looked_s = 0.0
-        while service.exit_code() is None:
+        """Or until somebody asks for a restart."""
+        while service.exit_code() is None and not service.restart_wanted.is_set():
             if time.monotonic() - looked_s > LOOK_EVERY_S:
                 service.look()
                 looked_s = time.monotonic()

@@ -1,0 +1,82 @@
+"""What each setting is for, the table of settings, and the commented file that `twolane config --write` makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from twolane.errors import ConfigError
+from twolane.launch.configuration import DEFAULT, KEYS, Configuration, variable
+from twolane.launch.values import shown
+
+HELP = {
+    "model": "the model's folder, or its name on the hub",
+    "prefill_gpu": "GPUs of prefill instances: 0,1 is two instances, 0+1 one with tensor parallelism 2",
+    "decode_gpu": "the same of decode instances; where nothing is said, GPUs are given out",
+    "prefill": "how many prefill instances",
+    "decode": "how many decode instances",
+    "prefill_http_port": "HTTP port of the first prefill instance; the next count on by 10",
+    "decode_http_port": "the same of decode instances",
+    "prefill_kv_port": "KV port of the first prefill instance, one more for each rank; the next count on by 10",
+    "decode_kv_port": "the same of decode instances",
+    "http_proxy_port": "the proxy's OpenAI server",
+    "proxy_port": "where instances register at the proxy",
+    "timeout_seconds": "how long a start may take",
+    "host": "address at which the proxy listens",
+    "kv": "twolane, or vLLM's own connector where this vLLM has it: nixl, p2pnccl",
+    "max_model_len": "longest prompt and answer together, in tokens",
+    "vllm_args": "more options for every vLLM instance",
+    "prefill_args": "more options for prefill instances",
+    "decode_args": "more options for decode instances",
+    "restart_tries": "an instance that ends more often than this is given up ...",
+    "restart_minutes": "... within so many minutes",
+    "log_max_mb": "a log that grows larger moves to NAME.log.1",
+    "log_dir": "folder of the logs",
+    "cache_dir": "folder of the converted default model",
+}
+
+
+def table(made: Configuration) -> list[str]:
+    """Key, value, where it came from; where that is the default, the variable that changes it."""
+    rows = []
+    for key in KEYS:
+        origin = made.origins[key]
+        value = shown(getattr(made.settings, key)) or "-"
+        rows.append((key, value, f"{origin} ({variable(key)})" if origin == DEFAULT else origin))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for key, value, origin in rows]
+
+
+def as_dict(made: Configuration) -> dict[str, dict[str, str]]:
+    return {key: {"value": shown(getattr(made.settings, key)), "from": made.origins[key]} for key in KEYS}
+
+
+def toml_text(made: Configuration) -> str:
+    """Every setting with its comment; those that are at their default stand as comments themselves."""
+    lines = [
+        "# TwoLane's settings. Flags and environment variables win over what stands here; `twolane config` shows all."
+    ]
+    for key in KEYS:
+        line = f"{key} = {_toml(key, getattr(made.settings, key))}"
+        lines += ["", f"# {HELP[key]} ({variable(key)})", ("# " if made.origins[key] == DEFAULT else "") + line]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(key: str, value: object) -> str:
+    if key.endswith("_args"):
+        assert isinstance(value, tuple)
+        return json.dumps(list(value))
+    text = shown(value)
+    return text if isinstance(value, int | float) else json.dumps(text, ensure_ascii=False)
+
+
+def write(made: Configuration, path: Path, console: Console) -> None:
+    """ConfigError if there is one already."""
+    try:
+        with path.open("x") as file:
+            file.write(toml_text(made))
+    except FileExistsError:
+        raise ConfigError(f"{path} is there already: edit it, or move it away first") from None
+    console.print(f"wrote {path}", markup=False)

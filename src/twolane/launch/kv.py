@@ -1,0 +1,66 @@
+"""Pure: how vLLM's connector of an instance is configured, for TwoLane's own and for vLLM's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twolane.config import Kv
+from twolane.errors import ConfigError
+
+# Where a vLLM that has the connector keeps it, below its package's folder.
+FILES: dict[Kv, tuple[str, ...]] = {
+    "twolane": (),
+    "nixl": ("nixl", "nixl_connector.py"),
+    "p2pnccl": ("p2p", "p2p_nccl_connector.py"),
+}
+CONNECTORS = "distributed/kv_transfer/kv_connector/v1"
+
+
+def check_kv(kv: Kv, engine: str, vllm_folder: Path | None) -> None:
+    """ConfigError if this vLLM has no such connector, or no use for it. Looks at file names only."""
+    if kv == "twolane":
+        return
+    if engine == "cpu":
+        raise ConfigError(f"--kv {kv} needs the GPU engine, but the CPU engine is installed: use --kv twolane")
+    folder = vllm_folder / CONNECTORS if vllm_folder else Path("/nonexistent")
+    if not any((folder / name).exists() for name in FILES[kv]):
+        why = "vLLM removed it after 0.23" if kv == "p2pnccl" else "it is not in this build"
+        raise ConfigError(f"--kv {kv}: this vLLM has no such connector ({why}): use --kv twolane")
+
+
+def kv_config(kv: Kv, role: str, http_port: int, kv_port: int, discovery: tuple[str, int]) -> dict[str, object]:
+    """`--kv-transfer-config` of one instance. `discovery`: host and port at which instances register."""
+    kv_role = "kv_producer" if role == "prefill" else "kv_consumer"
+    address = f"127.0.0.1:{http_port}"
+    if kv == "nixl":
+        return {"kv_connector": "NixlConnector", "kv_role": kv_role}
+    if kv == "p2pnccl":
+        extra = {"proxy_ip": discovery[0], "proxy_port": str(discovery[1]), "http_port": str(http_port)}
+        return {
+            "kv_connector": "P2pNcclConnector",
+            "kv_role": kv_role,
+            "kv_port": str(kv_port),
+            "kv_buffer_size": "1e9" if role == "prefill" else "8e9",
+            "kv_connector_extra_config": extra | {"send_type": "PUT_ASYNC"},
+        }
+    return {
+        "kv_connector": "TwoLaneConnector",
+        "kv_connector_module_path": "twolane.connector",
+        "kv_role": kv_role,
+        "kv_port": kv_port,
+        "kv_load_failure_policy": "recompute",  # vLLM's default fails the request
+        "kv_connector_extra_config": {
+            "host": "127.0.0.1",
+            "http_address": address,
+            "discovery_address": f"{discovery[0]}:{discovery[1]}",
+        },
+    }
+
+
+def kv_env(kv: Kv, kv_port: int) -> dict[str, str]:
+    """What the connector reads from the environment."""
+    if kv == "nixl":
+        return {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_port)}
+    if kv == "p2pnccl":
+        return {"VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    return {}

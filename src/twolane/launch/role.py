@@ -1,0 +1,155 @@
+"""One instance in the foreground of a terminal: `twolane prefill` and `twolane decode`."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+from rich.console import Console
+
+from twolane.config import Settings
+from twolane.errors import ConfigError, StartError
+from twolane.launch import probes
+from twolane.launch.commands import prepare
+from twolane.launch.diagnose import diagnose, not_registered
+from twolane.launch.hardware import inspect_machine
+from twolane.launch.logs import Follower
+from twolane.launch.plan import Plan, ServiceSpec
+from twolane.launch.ports import check_ports
+from twolane.launch.process import Child, last_lines, rotate_if_large
+from twolane.launch.registrar import Registrar, needs_registrar
+from twolane.launch.service import describe_exit
+from twolane.launch.supervisor import INSTANCE_STOP_S, RUN_DIR_PREFIX
+
+POLL_S = 0.1
+WATCH_EVERY_S = 2.0
+
+
+def settings_for(settings: Settings, role: str, index: int) -> Settings:
+    """With as many instances of the role as number `index` (from 1) needs, but not more than GPUs are named."""
+    groups = settings.prefill_gpu if role == "prefill" else settings.decode_gpu
+    count = settings.prefill if role == "prefill" else settings.decode
+    if groups and index > len(groups):
+        raise ConfigError(f"{role.upper()}_GPU names {len(groups)} instances: there is no number {index}")
+    count = max(count, index)
+    return replace(settings, prefill=count) if role == "prefill" else replace(settings, decode=count)
+
+
+def spec_of(plan: Plan, role: str, index: int, extra_args: list[str]) -> ServiceSpec:
+    """Instance number `index` of the role, from 1, with more options for vLLM at its end."""
+    spec = [spec for spec in plan.services if spec.role == role][index - 1]
+    return msgspec.structs.replace(spec, argv=(*spec.argv, *extra_args))
+
+
+def run_role(settings: Settings, role: str, index: int, vllm_options: list[str], console: Console) -> None:
+    """What `twolane prefill` and `twolane decode` do."""
+    if vllm_options and not vllm_options[0].startswith("-"):
+        raise ConfigError(f"{vllm_options[0]!r}: options for vLLM come after `--` and begin with a dash")
+    plan = prepare(settings_for(settings, role, index), inspect_machine(), console)
+    spec = spec_of(plan, role, index, vllm_options)
+    check_ports(plan, {spec.name})
+    console.print(f"{spec.name} at http://{spec.address}, log {spec.log}; Ctrl+C ends it", markup=False)
+    run_in_foreground(plan, spec, _write)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], object]) -> None:
+    """Shows the instance's log until it ends. Ctrl+C, SIGTERM and a closed terminal stop it. StartError if it fails."""
+    run_dir = Path(tempfile.mkdtemp(prefix=RUN_DIR_PREFIX))
+    registrar = Registrar(spec, plan.discovery_address) if needs_registrar(plan, spec) else None
+    child = None
+    try:
+        with _signals_interrupt():
+            child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)})
+            _show_until_exit(child, plan, spec, registrar, write)
+    except KeyboardInterrupt:
+        if child:
+            write(f"\n{spec.name}: {child.stop(INSTANCE_STOP_S)}\n")
+        return
+    finally:
+        if registrar:
+            registrar.close()
+        if child:
+            child.stop(0.0)
+        shutil.rmtree(run_dir, ignore_errors=True)
+    _explain(spec, child.exit_code() or 0)
+
+
+def _show_until_exit(
+    child: Child, plan: Plan, spec: ServiceSpec, registrar: Registrar | None, write: Callable[[str], object]
+) -> None:
+    log, watch = Follower("", Path(spec.log), from_start=True), RegistrationWatch(plan, spec)
+    ended = False
+    while not ended:
+        ended = child.exit_code() is not None
+        rotate_if_large(Path(spec.log), plan.log_max_bytes)
+        for line in log.read():
+            write(line)
+        if registrar:
+            registrar.tick()
+        if not ended:
+            write(watch.tick())
+            time.sleep(POLL_S)
+
+
+class RegistrationWatch:
+    """Tells once why an instance that serves gets no requests yet. Owns when to look."""
+
+    def __init__(self, plan: Plan, spec: ServiceSpec) -> None:
+        self._plan = plan
+        self._spec = spec
+        self._next_s = time.monotonic() + WATCH_EVERY_S
+        self._served = False
+        self._done = False
+
+    def tick(self) -> str:
+        """A line to show, or nothing. Looks every few seconds; the instance has that long to register."""
+        if self._done or time.monotonic() < self._next_s:
+            return ""
+        self._next_s = time.monotonic() + WATCH_EVERY_S
+        proxy, spec = self._plan.proxy_address, self._spec
+        self._done = probes.is_registered(proxy, spec)
+        served_before, self._served = self._served, probes.is_healthy(spec)
+        if self._done or not (served_before and self._served):
+            return ""
+        self._done = True
+        if probes.instances(proxy) is None:
+            return f"twolane: no proxy answers yet at {proxy}: start it with `twolane proxy`, here or later\n"
+        why = not_registered(spec.address, self._plan.discovery_address, self._plan.kv, probes.known_instances(proxy))
+        return f"twolane: {why}\n"
+
+
+def _explain(spec: ServiceSpec, code: int) -> None:
+    """StartError with the cause, unless it ended by its own will."""
+    if code == 0:
+        return
+    known = diagnose(last_lines(Path(spec.log), 200))
+    raise StartError(f"{spec.name} ended {describe_exit(code)}" + (f": {known}" if known else f"; see {spec.log}"))
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP are taken as Ctrl+C is."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

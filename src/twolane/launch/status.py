@@ -1,0 +1,159 @@
+"""What runs: the supervisor's state, what the proxy says, and what the system says of the processes, put together."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from twolane.config import Settings
+from twolane.launch import control, probes
+from twolane.launch.plan import proxy_address
+from twolane.launch.ports import listener_pid
+from twolane.launch.state import ServiceState, State, read_state
+
+ROLES = {"P": "prefill", "D": "decode"}
+COLUMNS = ("instance", "role", "pid", "gpu", "ports", "state", "uptime", "memory", "in-flight")
+
+
+def status(settings: Settings) -> dict[str, Any]:
+    """For --json. `running`: whether a supervisor does; without one, services that terminals started may be listed."""
+    files = control.Files(settings)
+    state = control.running(files)
+    if state is None:
+        leftover = read_state(files.state)
+        services = from_proxy(settings)
+        left_over = bool(leftover and any(s.members for s in leftover.services))
+        return {"running": False, "services": services, "left_over": left_over}
+    return {
+        "running": True,
+        "state": state.overall,
+        "url": state.url,
+        "models": list(state.model_names),
+        "supervisor_pid": state.supervisor.pid,
+        "services": from_state(state),
+    }
+
+
+def from_state(state: State) -> list[dict[str, Any]]:
+    stats = probes.get_json(state.url.removeprefix("http://"), "/stats") or {}
+    known = {entry.get("address"): entry for entry in stats.get("instances", [])}
+    return [_row(service, known, known.get(f"127.0.0.1:{service.http_port}", {})) for service in state.services]
+
+
+def _row(service: ServiceState, known: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    in_flight = sum(e["in_flight"] for e in known.values() if e["role"] == "D") if service.role == "proxy" else None
+    pids = [member.pid for member in service.members if member.alive()]
+    return {
+        "name": service.name,
+        "role": service.role,
+        "pid": service.pid or None,
+        "gpus": list(service.gpus),
+        "http_port": service.http_port,
+        "kv_port": service.kv_port,
+        "state": service.phase,
+        "for_s": round(time.time() - service.since) if service.since else None,
+        "uptime_s": uptime_s(pids[:1] and [service.pid]),
+        "memory_bytes": memory_bytes(pids),
+        "in_flight": entry.get("in_flight") if in_flight is None else in_flight,
+        "restarts": service.restarts,
+        "reason": service.reason or None,
+        "log": service.log,
+    }
+
+
+def from_proxy(settings: Settings) -> list[dict[str, Any]]:
+    """Services started in terminals, as far as the proxy at our address knows them; nothing without one."""
+    known = probes.instances(proxy_address(settings))
+    if known is None:
+        return []
+    in_flight = sum(entry["in_flight"] for entry in known if entry["role"] == "D")
+    rows = [("proxy", settings.http_proxy_port, "ready", in_flight)]
+    rows += [
+        (ROLES[entry["role"]], int(entry["address"].rpartition(":")[2]), entry["state"], entry["in_flight"])
+        for entry in known
+    ]
+    return [_found(*row) for row in rows]
+
+
+def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
+    pid = listener_pid(port)
+    row: dict[str, Any] = {
+        "name": role,
+        "role": role,
+        "pid": pid,
+        "gpus": [],
+        "http_port": port,
+        "kv_port": None,
+        "state": state,
+    }
+    times = {"uptime_s": uptime_s([pid] if pid else []), "memory_bytes": memory_bytes([pid] if pid else [])}
+    return row | times | {"in_flight": in_flight, "restarts": None, "reason": None, "log": None}
+
+
+def memory_bytes(pids: list[int]) -> int | None:
+    """Resident memory of these processes; what they share counts for each of them."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            total += psutil.Process(pid).memory_info().rss
+    return total or None
+
+
+def uptime_s(pids: list[int]) -> int | None:
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            return int(time.time() - float(psutil.Process(pid).create_time()))
+    return None
+
+
+def print_status(report: dict[str, Any], console: Console) -> None:
+    if report["running"]:
+        console.print(f"{report['state']}  {report['url']}  model {report['models'][0]}", markup=False)
+    elif report["services"]:
+        console.print("not started by `twolane up` in this folder; this is what the proxy knows:", markup=False)
+    else:
+        left_over = ", but something is left over: `twolane down`" * report.get("left_over", False)
+        console.print("nothing is running in this folder" + left_over)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column != "state")
+    for service in report["services"]:
+        table.add_row(*cells(service))
+    console.print(table)
+    for service in report["services"]:
+        if service["restarts"]:
+            why = f"; {service['reason']}" if service["reason"] else ""
+            text = f"{service['name']}: started again {service['restarts']} times{why} (log: {service['log']})"
+            console.print(text, markup=False)
+
+
+def cells(service: dict[str, Any]) -> list[str]:
+    """One service as the table shows it."""
+    ports = [str(port) for port in (service["http_port"], service["kv_port"]) if port]
+    memory = service["memory_bytes"]
+    values = (
+        service["name"],
+        service["role"],
+        service["pid"],
+        "+".join(str(gpu) for gpu in service["gpus"]) or None,
+        ",".join(ports),
+        service["state"],
+        None if service["uptime_s"] is None else duration(service["uptime_s"]),
+        None if memory is None else f"{memory / 1e9:.1f} GB",
+        service["in_flight"],
+    )
+    return ["-" if value is None else str(value) for value in values]
+
+
+def duration(total_s: int) -> str:
+    """`42s`, `3m05s`, `2h07m`, `3d04h`."""
+    for unit_s, sub_s, unit, sub in ((86400, 3600, "d", "h"), (3600, 60, "h", "m"), (60, 1, "m", "s")):
+        if total_s >= unit_s:
+            return f"{total_s // unit_s}{unit}{total_s % unit_s // sub_s:02d}{sub}"
+    return f"{total_s}s"

@@ -1,0 +1,61 @@
+"""What the supervisor does beside starting and stopping: logs, wishes, registrations on behalf of instances."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from twolane.launch.phases import READY, REGISTERING
+from twolane.launch.plan import Plan
+from twolane.launch.process import rotate_if_large
+from twolane.launch.registrar import Registrar, needs_registrar
+from twolane.launch.service import Service
+
+ROTATE_EVERY_S = 2.0
+REGISTER_TICK_S = 0.2
+
+
+def wishes_file(state_path: Path) -> Path:
+    """Names of services that a command wants started again. The command writes it, the supervisor removes it."""
+    return state_path.with_name("restart")
+
+
+def take_wishes(state_path: Path, services: Sequence[Service]) -> None:
+    """Called on SIGHUP."""
+    path = wishes_file(state_path)
+    try:
+        names = path.read_text().split()
+        path.unlink()
+    except OSError:
+        return
+    for service in services:
+        if service.spec.name in names:
+            service.restart_wanted.set()
+
+
+async def rotate_logs(plan: Plan, services: Sequence[Service]) -> None:
+    """Never returns."""
+    while True:
+        for service in services:
+            if rotate_if_large(Path(service.spec.log), plan.log_max_bytes):
+                service.log_was_cut()
+        await asyncio.sleep(ROTATE_EVERY_S)
+
+
+async def register(plan: Plan, services: Sequence[Service]) -> None:
+    """For instances whose connector doesn't register. Returns at once if there are none."""
+    mine = [(service, Registrar(service.spec, plan.discovery_address)) for service in services if _needs(plan, service)]
+    try:
+        while mine:
+            for service, registrar in mine:
+                if service.state.phase in {REGISTERING, READY}:
+                    registrar.tick()
+            await asyncio.sleep(REGISTER_TICK_S)
+    finally:
+        for _, registrar in mine:
+            registrar.close()
+
+
+def _needs(plan: Plan, service: Service) -> bool:
+    return needs_registrar(plan, service.spec)

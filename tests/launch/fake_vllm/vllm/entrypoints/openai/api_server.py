@@ -1,0 +1,111 @@
+"""Stands in for vLLM in tests of the launcher: the same command line, an HTTP server, the registration, and counters.
+
+On PYTHONPATH before the real one. Starts in a moment, answers every request with the same words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.server
+import json
+import threading
+import time
+from typing import Any
+
+import msgspec
+import zmq
+
+TEXT = " two trains met"
+TOKENS = len(TEXT.split())
+
+
+class Engine:
+    """Counts the prompt tokens that came from P, as a decode instance's /metrics shows them."""
+
+    def __init__(self, config: dict[str, Any], names: list[str], model: str) -> None:
+        self.config = config
+        self.names = names
+        self.model = model
+        self.moved = 0
+
+    def register(self) -> None:
+        extra = self.config["kv_connector_extra_config"]
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        address = f"127.0.0.1:{self.config['kv_port']}"
+        socket.setsockopt(zmq.IDENTITY, address.encode())
+        socket.connect(f"tcp://{extra['discovery_address']}")
+        role = "P" if self.config["kv_role"] == "kv_producer" else "D"
+        me = {"type": role, "http_address": extra["http_address"], "zmq_address": address}
+        while True:
+            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": address}))
+            time.sleep(1)
+
+    def usage(self) -> dict[str, int]:
+        return {"prompt_tokens": 5, "completion_tokens": TOKENS, "total_tokens": 5 + TOKENS}
+
+    def metrics(self) -> str:
+        return f'vllm:prompt_tokens_by_source_total{{engine="0",source="external_kv_transfer"}} {self.moved}.0\n'
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    engine: Engine
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self.answer(self.engine.metrics().encode(), "text/plain")
+        elif self.path == "/v1/models":
+            data = [{"id": name, "root": self.engine.model} for name in self.engine.names]
+            self.answer(json.dumps({"data": data}).encode())
+        else:
+            self.answer(b"{}")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if (body.get("kv_transfer_params") or {}).get("do_remote_prefill"):
+            self.engine.moved += 4
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+        choice |= {"message": {"content": TEXT}} if "messages" in body else {"text": TEXT}
+        if not body.get("stream"):
+            usage = self.engine.usage() | ({"completion_tokens": 1} if body["max_tokens"] == 1 else {})
+            self.answer(json.dumps({"choices": [choice], "usage": usage}).encode())
+            return
+        events = [{"choices": [choice]}, {"choices": [], "usage": self.engine.usage()}]
+        data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        self.answer(data.encode(), "text/event-stream")
+
+    def answer(self, data: bytes, kind: str = "application/json") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="api_server.py")
+    parser.add_argument("--model")
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--kv-transfer-config", type=json.loads)
+    parser.add_argument("--seed")
+    for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
+        parser.add_argument(ignored)
+    parser.add_argument("--enforce-eager", action="store_true")
+    given = parser.parse_args()
+    Handler.engine = Engine(given.kv_transfer_config, given.served_model_name, given.model)
+    print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
+    if given.seed != "99":  # an instance that nobody hears of
+        threading.Thread(target=Handler.engine.register, daemon=True).start()
+    Server(("127.0.0.1", given.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
