@@ -35,6 +35,11 @@ PORTS = ("HTTP_PROXY_PORT", "PROXY_PORT", "PREFILL_HTTP_PORT", "DECODE_HTTP_PORT
 WAIT_S = 60
 
 
+def heed_ctrl_c() -> None:
+    """A runner in the background may have SIGINT ignored, and children inherit that; a person's terminal doesn't."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Place:
     """A folder to run in, with a model, ports of its own and a terminal that is 80 columns wide."""
 
@@ -63,6 +68,7 @@ class Place:
             dimensions=(24, 80),
             encoding="utf-8",
             timeout=WAIT_S,
+            preexec_fn=heed_ctrl_c,
         )
         terminal.delaybeforesend = None
         return terminal
