@@ -52,17 +52,34 @@ def judge(prefill: LegState | None, decode: LegState) -> Verdict:
     return Verdict.WAIT
 
 
-class PrefillLeg:
-    """Listens to P. A 4xx is kept, since it may be the client's; a good answer only if its kind `keeps_answer`."""
+class _Leg:
+    """What both legs share: a leg settles once, by its end or by its first error, whichever comes first."""
 
-    def __init__(self, name: str, on_change: Callable[[], None], keeps_answer: bool = False) -> None:
+    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
         self.state = LegState()
-        self.headers: Headers = []
-        self.body = b""
-        self.done_at: float | None = None  # when (monotonic, s) came the end of a good answer
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._name = name
         self._on_change = on_change
+
+    def failed(self, error: UpstreamError) -> None:
+        if self.state.error is None and not self.state.ended:
+            self.state.error = error
+            self._settle()
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+        self._on_change()
+
+
+class PrefillLeg(_Leg):
+    """Listens to P. A 4xx is kept, since it may be the client's; a good answer only if its kind `keeps_answer`."""
+
+    def __init__(self, name: str, on_change: Callable[[], None], keeps_answer: bool = False) -> None:
+        super().__init__(name, on_change)
+        self.headers: Headers = []
+        self.body = b""
+        self.done_at: float | None = None  # when (monotonic, s) came the end of a good answer
         self._keeps_answer = keeps_answer
         self._num_bytes = 0
 
@@ -86,19 +103,9 @@ class PrefillLeg:
                 self.done_at = monotonic()
             self._settle()
 
-    def failed(self, error: UpstreamError) -> None:
-        if self.state.error is None and not self.state.ended:
-            self.state.error = error
-            self._settle()
-
     def forget(self) -> None:
         """Nobody wants to know any more. Ends a cycle of references."""
         self._on_change = _ignore
-
-    def _settle(self) -> None:
-        if not self.settled.done():
-            self.settled.set_result(None)
-        self._on_change()
 
 
 def _ignore() -> None:
@@ -123,11 +130,11 @@ class Held:
         return data
 
 
-class DecodeLeg:
+class DecodeLeg(_Leg):
     """Listens to D. Its answer is held until `sink` is set, then goes there straight from the socket's callback."""
 
     def __init__(self, name: str, on_change: Callable[[], None], gaps: Histogram) -> None:
-        self.state = LegState()
+        super().__init__(name, on_change)
         self._gaps = gaps
         self.head: ResponseHead | None = None
         self.is_stream = False  # server-sent events
@@ -135,10 +142,7 @@ class DecodeLeg:
         self.first_data_at: float | None = None
         self.last_data_at = 0.0
         self.sink: Callable[[bytes, bool], None] | None = None  # is told which bytes are the last
-        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_held: Callable[[], None] | None = None  # more is held
-        self._name = name
-        self._on_change = on_change
 
     def head_received(self, head: ResponseHead) -> None:
         self.state.status = head.status
@@ -176,11 +180,6 @@ class DecodeLeg:
             self._begin()
             self._settle()
 
-    def failed(self, error: UpstreamError) -> None:
-        if self.state.error is None and not self.state.ended:
-            self.state.error = error
-            self._settle()
-
     def forget(self) -> None:
         """Nobody wants to know any more. Ends a cycle of references."""
         self._on_change = _ignore
@@ -190,8 +189,3 @@ class DecodeLeg:
         if not self.state.begun:
             self.state.begun = True
             self._on_change()
-
-    def _settle(self) -> None:
-        if not self.settled.done():
-            self.settled.set_result(None)
-        self._on_change()
