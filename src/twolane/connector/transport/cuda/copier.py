@@ -13,7 +13,7 @@ import torch
 from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket, Wake
 from twolane.connector.transport.cuda import driver
-from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, dense_planes, planes_of
+from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, dense_planes, permit_of, planes_of
 from twolane.errors import ConfigError
 
 Launch = Callable[[torch.Tensor, int, int], None]  # (block ids, first plane, number of planes), on the current stream
@@ -131,13 +131,14 @@ class CudaCopier:
         self._endings: list[tuple[object, Callable[[], None]]] = []
         self._last_copies: dict[Lane, torch.cuda.Event] = {}
         self._block_bytes = sum(plane.size_bytes for plane in self.planes.planes)
+        self._always = permit_of(0, 0, self.device)
         self._bound = threading.local()
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Compiles the kernel, so that the first request doesn't pay for it."""
         none = torch.zeros((2, 0), dtype=torch.int32, device=self.device)
-        copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1)
+        copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1, permit=self._always)
         torch.cuda.current_stream(self.device).synchronize()
 
     # -- engine's thread
@@ -295,7 +296,7 @@ class CudaCopier:
         return ticket
 
     def _launch_all(self, sources: PlaneTable, targets: PlaneTable, block_ids: torch.Tensor) -> None:
-        copy_blocks(sources, targets, block_ids, first_plane=0, num_planes=len(self.planes.planes))
+        copy_blocks(sources, targets, block_ids, first_plane=0, num_planes=len(self.planes.planes), permit=self._always)
 
     def close(self) -> None:
         for lane in (self.following, self.overtaking):

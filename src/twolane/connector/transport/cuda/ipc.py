@@ -19,7 +19,7 @@ from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
-from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, planes_of
+from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, permit_of, planes_of
 from twolane.errors import TransferError
 
 # A kernel runs for milliseconds once it has begun; the GPU may give its time to other processes in between.
@@ -189,11 +189,11 @@ class IpcSendChannel:
         self._mapped: list[int] = []
         try:
             bases = [self._map(handle) for handle in exported.handles]
-            self._permit = self._map(exported.permit_handle) + 8 * exported.permit_index
+            permit = self._map(exported.permit_handle) + 8 * exported.permit_index
         except driver.DriverError:
             self._unmap()
             raise
-        self._permit_value = exported.permit_value
+        self._permit = permit_of(permit, exported.permit_value, copier.device)
         self._targets = PlaneTable(
             [Plane(bases[p.allocation] + p.offset, p.stride_bytes, p.size_bytes) for p in exported.planes],
             copier.device,
@@ -230,7 +230,6 @@ class IpcSendChannel:
             first_plane=first_plane,
             num_planes=num_planes,
             permit=self._permit,
-            permit_value=self._permit_value,
         )
 
     def release(self, slot: int) -> None:

@@ -57,7 +57,7 @@ def dense_planes(planes: list[Plane], base: int) -> list[Plane]:
     return [Plane(start, stride_bytes, plane.size_bytes) for start, plane in zip(starts, planes, strict=False)]
 
 
-@triton.jit(do_not_specialize=["num_blocks", "first_plane", "num_planes", "permit", "permit_value"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_blocks", "first_plane", "num_planes"])  # type: ignore[untyped-decorator]
 def _copy(  # type: ignore[no-untyped-def]
     sources,  # int64 [planes, 3]
     targets,  # int64 [planes, 3]
@@ -65,15 +65,16 @@ def _copy(  # type: ignore[no-untyped-def]
     num_blocks,
     first_plane,
     num_planes,
-    permit,  # address of a word, 0 for none
-    permit_value,
+    permit,  # int64 [2]: address of a word, 0 for none; and what it must hold
     tile_words: tl.constexpr,
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    allowed = True
-    if permit != 0:
-        allowed = tl.load(permit.to(tl.pointer_type(tl.int64)), volatile=True) == permit_value
-    if allowed:
+    word, value = tl.load(permit), tl.load(permit + 1)
+    if word != 0:
+        found = tl.load(word.to(tl.pointer_type(tl.int64)), volatile=True)
+    else:
+        found = value
+    if found == value:
         for work in range(program, num_blocks * num_planes, num_programs):
             row = (first_plane + work // num_blocks) * 3
             block = work % num_blocks
@@ -90,6 +91,11 @@ def _copy(  # type: ignore[no-untyped-def]
                 tl.store(target_words + offsets, tl.load(source_words + offsets, mask=mask), mask=mask)
 
 
+def permit_of(address: int, value: int, device: torch.device) -> torch.Tensor:
+    """For copy_blocks: the copy is allowed while the 64-bit word at `address` holds `value`; address 0: always."""
+    return torch.tensor([address, value], dtype=torch.int64, device=device)
+
+
 def copy_blocks(
     sources: PlaneTable,
     targets: PlaneTable,
@@ -97,12 +103,11 @@ def copy_blocks(
     *,
     first_plane: int,
     num_planes: int,
-    permit: int = 0,
-    permit_value: int = 0,
+    permit: torch.Tensor,
     num_programs: int | None = None,
 ) -> None:
-    """Enqueued on the current stream. Where `permit` is given, nothing is written unless the 64-bit word at that
-    address holds `permit_value` when the kernel begins."""
+    """Enqueued on the current stream. `permit` (see permit_of): nothing is written unless the word at that address
+    holds the value when the kernel begins."""
     num_blocks = block_ids.shape[1]
     work = max(1, num_blocks * num_planes)
     _copy[(min(work, num_programs or NUM_PROGRAMS),)](
@@ -113,7 +118,6 @@ def copy_blocks(
         first_plane,
         num_planes,
         permit,
-        permit_value,
         tile_words=_TILE_WORDS,
         num_warps=_NUM_WARPS,
     )
