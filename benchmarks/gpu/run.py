@@ -36,7 +36,7 @@ from twolane.launch.ports import check_ports
 from twolane.launch.progress import Progress
 from twolane.launch.state import ServiceState
 
-RESERVE_S = 30.0  # of the budget, to stop what runs, print and save
+RESERVE_S = 30.0  # of the budget, to stop what runs, print and save; a quarter of a small one
 ATTACHED = Setup("attached", "twolane", "auto")
 
 
@@ -48,7 +48,7 @@ class Run:
         self._results = results
         self._progress = progress
         self._began_s = began_s
-        self._end_s = began_s + options.budget_s - RESERVE_S
+        self._end_s = began_s + options.budget_s - min(RESERVE_S, options.budget_s / 4)
 
     def run(self) -> None:
         """Raises TwoLaneError if nothing can be measured at all."""
@@ -180,7 +180,7 @@ class _Watch:
 
     def show(self, services: list[ServiceState]) -> None:
         for service in services:
-            if self._shown.get(service.name) != service.phase:
+            if self._shown.get(service.name, "waiting") != service.phase:
                 self._shown[service.name] = service.phase
                 self._say(f"{self._name}: {service.name}: {service.phase}")
         if time.monotonic() > self._end_s:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.gpu.record import Results
+from rich import box
 from rich.console import Console
 from rich.table import Table
+
+ENOUGH = 0.95  # of the tokens of handed-over prompts
 
 
 def show(figures: dict[str, Any], results: Results, console: Console) -> None:
@@ -15,7 +18,10 @@ def show(figures: dict[str, Any], results: Results, console: Console) -> None:
             console.print(table)
     for setup, sources in figures["received"].items():
         parts = ", ".join(f"{source} {count:.0f}" for source, count in sources.items())
-        console.print(f"{setup}: prompt tokens on D by source, unloaded: {parts or 'not told'}", markup=False)
+        console.print(f"{setup}: prompt tokens on D, one request at a time: {parts}", markup=False, soft_wrap=True)
+        came = sources.get("external_kv_transfer")
+        if came is not None and came < ENOUGH * sources["expected_by_handoff"]:
+            console.print(f"{setup}: D computed prompts that should have been handed over", style="bold red")
     for setup, reason in results.skipped.items():
         console.print(f"{setup}: not measured: {reason}", markup=False, style="yellow")
     for note in results.notes:
@@ -23,7 +29,7 @@ def show(figures: dict[str, Any], results: Results, console: Console) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return table
