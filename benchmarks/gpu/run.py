@@ -29,6 +29,7 @@ from rich.console import Console
 from twolane.config import Settings
 from twolane.errors import ConfigError, StartError, TwoLaneError
 from twolane.launch import control
+from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.model import resolve_model
 from twolane.launch.plan import Machine, Plan, ServedModel
@@ -61,7 +62,7 @@ class Run:
         groups = self._groups(machine)
         if not groups:
             raise ConfigError("none of the setups can run here")
-        model = resolve_model(Settings(model=self._options.model), machine.engine, Progress(self._progress))
+        model = resolve_model(load({"model": self._options.model}).settings, machine.engine, Progress(self._progress))
         self._options.out.mkdir(parents=True, exist_ok=True)
         for index, group in enumerate(groups):
             left_s = self._end_s - time.monotonic()
