@@ -15,7 +15,7 @@ import msgspec
 Role = Literal["P", "D"]
 Kind = Literal["twolane", "nixl", "p2pnccl"]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 REGISTER_EVERY_S = 3.0
 SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
 
@@ -92,13 +92,28 @@ class KVFormat(msgspec.Struct, frozen=True):
 # --- control messages, D's worker to P's worker (same rank) -----------------------------------------------------------
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message on a connection. P answers Welcome or Refused."""
+class Identity(msgspec.Struct, frozen=True):
+    """A worker: which process, on which host, in which life."""
 
-    epoch: str
+    epoch: str  # new at every start
     pid: int
-    host: str  # machine identity, so that P knows whether the pid means anything to it
+    host: str  # machine identity, so that the other side knows whether the pid means anything to it
+
+
+class TransportOffer(msgspec.Struct, frozen=True):
+    """A transport by name, with what the other side needs to use it."""
+
+    name: str
+    data: dict[str, Any] = {}
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message on a connection: what D is and what it can receive with, best first. P answers Welcome or
+    Refused."""
+
+    me: Identity
     format: KVFormat
+    transports: list[TransportOffer]
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce"):
@@ -122,26 +137,27 @@ class Credit(msgspec.Struct, frozen=True, tag="credit"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """D doesn't want this transfer (any more). P frees its blocks."""
+    """D doesn't want this transfer (any more). P frees its blocks and answers Abort once it writes no more."""
 
     transfer_id: str
     reason: str
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    pass
+    """D asks for a word. `waiting`: transfers of which D has heard nothing for a while; P answers Abort for those that
+    it isn't going to send, so that a lost message is found out within a ping. Then Pong."""
+
+    waiting: list[str] = []
 
 
 # --- control messages, P's worker to D's worker -----------------------------------------------------------------------
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The handshake is good; how to reach P's staging memory (transport `shm`)."""
+    """The handshake is good; this transport it shall be."""
 
-    epoch: str
-    pid: int
-    host: str
-    transport: dict[str, Any]  # what the transport's receiver needs to attach
+    me: Identity
+    transport: TransportOffer
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -149,7 +165,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Push(msgspec.Struct, frozen=True, tag="push"):
-    """Items [first_item, first_item + num_items) of the transfer lie in `slot`.
+    """Items [first_item, first_item + num_items) of the transfer lie in `slot`, or in D's blocks if there is none.
 
     An item is one layer of one block; items are numbered block by block in announced order, layers inside a block.
     """
@@ -157,11 +173,14 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
     transfer_id: str
     first_item: int
     num_items: int
-    slot: int
+    slot: int | None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """P won't finish this transfer. D recomputes what has not landed."""
+    """P writes nothing more for this transfer, and nothing is on its way. D recomputes what has not landed.
+
+    Also the answer to every Cancel: only now may D's blocks go to others.
+    """
 
     transfer_id: str
     reason: str
@@ -175,6 +194,7 @@ ToPrefill = Hello | Announce | Credit | Cancel | Ping
 ToDecode = Welcome | Refused | Push | Abort | Pong
 
 encode = msgspec.msgpack.Encoder().encode
+encode_json = msgspec.json.Encoder().encode
 decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
 decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
 decode_registration = msgspec.msgpack.Decoder(Registration).decode

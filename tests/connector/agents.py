@@ -71,7 +71,7 @@ class Prefill:
 
     @property
     def free_slots(self) -> int:
-        return self.agent._sender.free_slots  # type: ignore[attr-defined,no-any-return]
+        return self.agent._side._transports._ways["shm"].free_slots  # type: ignore[attr-defined,no-any-return]
 
 
 @dataclass

@@ -290,5 +290,4 @@ def test_200_transfers_leave_nothing_behind(prefill: Prefill, decode: Decode) ->
         prefill.wait_freed(req_id)
     agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
     assert prefill.agent.is_idle
-    assert not decode.agent._open
-    assert not any(peer.transfers for peer in decode.agent._peers.values())
+    assert decode.agent._side.is_idle

@@ -1,35 +1,30 @@
-"""What every transport must do, whichever it is: a sender and a receiver over two KV memories."""
+"""What every transport must do, whichever it is: P's KV memory here, D's in another process."""
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.contract.target import NUM_BLOCKS, Memory, TargetProcess, footprint, no_wake
+from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
-from twolane.connector.transport.base import Receiver, Sender
-from twolane.connector.transport.copier import copier_for
-from twolane.connector.transport.shm import ShmReceiver, ShmSender
+from twolane.connector.transport.base import Fence, SendChannel, Ticket, select_items
+from twolane.connector.transport.hub import Senders
+from twolane.connector.transport.select import senders_for
 from twolane.errors import TransferError
+from twolane.protocol import TransportOffer
 
-NUM_BLOCKS = 8
 SHAPES = {
     "one piece a block": (NUM_BLOCKS, 3, 16, 8),
-    "two pieces a block": (2, NUM_BLOCKS, 16, 3, 4),
-    "large items": (NUM_BLOCKS, 512, 1024),
+    "two pieces a block": (2, NUM_BLOCKS, 16, 3, 8),
+    "large items": (NUM_BLOCKS, 16, 512),
 }
-
-
-def kv_memory(shape: tuple[int, ...], *, layers: int, fill: bool, device: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    make = torch.randn if fill else torch.zeros
-    kwargs = {"generator": generator} if fill else {}
-    return {f"layer.{i}": make(*shape, **kwargs).to(torch.bfloat16).to(device) for i in range(layers)}
 
 
 def block_of(tensor: torch.Tensor, block: int) -> torch.Tensor:
@@ -37,35 +32,66 @@ def block_of(tensor: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @dataclass
-class Pair:
-    source: dict[str, torch.Tensor]
-    target: dict[str, torch.Tensor]
-    sender: Sender
-    receiver: Receiver
-    description: dict[str, object]
-    more: Callable[[], Receiver]
-    layers: int = field(default=0)
+class Link:
+    """One D worker, connected."""
 
-    def move(self, blocks: list[tuple[int, int]]) -> int:
-        """Moves (source, target) block pairs with as many slots as it takes; returns bytes."""
-        items = [(block, layer) for block in range(len(blocks)) for layer in range(self.layers)]
+    number: int
+    channel: SendChannel
+    direct: bool
+
+
+@dataclass
+class Pair:
+    memory: Memory
+    source: dict[str, torch.Tensor]
+    senders: Senders
+    target: TargetProcess
+    pid: int
+
+    def connect(self) -> Link:
+        number, offers = self.target.open()
+        channel, chosen = self.senders.open(offers, self.pid, host_identity())
+        return Link(number, channel, self.target.attach(number, chosen, os.getpid()))
+
+    def wait(self, ticket: Ticket) -> Ticket:
+        deadline_s = time.monotonic() + 10
+        while not ticket.done:
+            assert time.monotonic() < deadline_s
+            self.senders.poll()
+            time.sleep(0.001)
+        return ticket
+
+    def push(self, link: Link, blocks: list[tuple[int, int]], fence: Fence | None = None) -> int:
+        """Moves (source, target) block pairs with as many pushes as it takes; returns bytes."""
+        layers, fence = self.memory.layers, fence or self.senders.fence()
+        sources, targets = [source for source, _ in blocks], [target for _, target in blocks]
         first, moved = 0, 0
-        while first < len(items):
-            slot = self.sender.acquire(b"peer")
-            assert slot is not None
-            part = items[first : first + self.sender.capacity(first)]
-            self.sender.fence()
-            written = self.sender.write(slot, [(blocks[i][0], layer) for i, layer in part])
-            read = self.receiver.read(slot, [(blocks[i][1], layer) for i, layer in part])
-            assert written == read
-            self.sender.release(slot, b"peer")
-            first, moved = first + len(part), moved + read
+        while first < len(blocks) * layers:
+            count = min(link.channel.room(first), len(blocks) * layers - first)
+            wanted = select_items(targets, first, count, layers)
+            ticket = self.wait(link.channel.push(select_items(sources, first, count, layers), wanted, fence))
+            assert not ticket.error
+            if ticket.slot is not None:
+                assert self.target.read(link.number, ticket.slot, wanted) == ticket.size_bytes
+                link.channel.release(ticket.slot)
+            first, moved = first + count, moved + ticket.size_bytes
         return moved
 
 
-def device_params() -> list[object]:
+def ways() -> list[object]:
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-    return ["cpu", pytest.param("cuda:0", marks=[pytest.mark.gpu, gpu])]
+    on_gpu = [
+        pytest.param(("cuda:0", transport), marks=[pytest.mark.gpu, gpu], id=f"gpu-{transport}")
+        for transport in ("shm", "cuda_ipc")
+    ]
+    return [pytest.param(("cpu", "shm"), id="cpu-shm"), *on_gpu]
+
+
+@pytest.fixture(scope="module")
+def child() -> Iterator[TargetProcess]:
+    process = TargetProcess()
+    yield process
+    process.stop()
 
 
 @pytest.fixture(params=SHAPES)
@@ -73,84 +99,134 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
     return SHAPES[request.param]
 
 
-@pytest.fixture(params=device_params())
-def pair(request: pytest.FixtureRequest, shape: tuple[int, ...]) -> Iterator[Pair]:
-    layers = 3
-    source = kv_memory(shape, layers=layers, fill=True, device=request.param)
-    target = kv_memory(shape, layers=layers, fill=False, device=request.param)
-    source_layout, target_layout = layout_of(source, NUM_BLOCKS), layout_of(target, NUM_BLOCKS)
-    sender = ShmSender(source_layout, copier_for(source_layout, source), slot_bytes=1 << 16, num_slots=4)
-    copier = copier_for(target_layout, target)
-    description = sender.describe()
-
-    def connect() -> ShmReceiver:
-        return ShmReceiver(target_layout, copier, os.getpid(), description)
-
-    made = Pair(source, target, sender, connect(), description, connect, layers)
-    yield made
-    made.receiver.close()
-    made.sender.close()
+@pytest.fixture(params=ways())
+def pair(request: pytest.FixtureRequest, shape: tuple[int, ...], child: TargetProcess) -> Iterator[Pair]:
+    device, transport = request.param
+    memory = Memory(shape, device, transport)
+    source = memory.make(fill=True)
+    senders = senders_for(layout_of(source, NUM_BLOCKS), memory.settings(), no_wake)
+    yield Pair(memory, source, senders, child, child.make(memory))
+    senders.close()
+    child.end()
 
 
 def test_bytes_arrive_in_shuffled_blocks_and_nowhere_else(pair: Pair) -> None:
     moves = [(0, 5), (3, 1), (7, 7), (2, 0)]
-    assert pair.move(moves) > 0
-    for name, tensor in pair.target.items():
+    size_bytes = sum(block_of(tensor, 0).nbytes for tensor in pair.source.values())
+    assert pair.push(pair.connect(), moves) == len(moves) * size_bytes
+    for name, tensor in pair.target.contents().items():
         for source, target in moves:
-            assert torch.equal(block_of(tensor, target), block_of(pair.source[name], source))
+            assert torch.equal(block_of(tensor, target), block_of(pair.source[name], source).cpu())
         for untouched in (2, 3, 4, 6):
             assert not block_of(tensor, untouched).any()
 
 
-def test_a_slot_has_one_owner_until_it_is_released(pair: Pair) -> None:
-    mine = {pair.sender.acquire(b"a"), pair.sender.acquire(b"a")}
-    assert None not in mine
-    assert len(mine) == 2
-    assert pair.sender.acquire(b"a") is None, "a peer's share is bounded"
-    assert pair.sender.acquire(b"b") not in mine
-    for slot in mine:
+def test_two_d_workers_get_what_is_theirs_and_one_that_leaves_disturbs_nobody(pair: Pair) -> None:
+    first, second = pair.connect(), pair.connect()
+    pair.push(first, [(1, 1)])
+    pair.push(second, [(2, 2)])
+    first.channel.close()
+    pair.target.close(first.number)
+    pair.push(second, [(3, 3)])
+    for name, tensor in pair.target.contents().items():
+        for block in (1, 2, 3):
+            assert torch.equal(block_of(tensor, block), block_of(pair.source[name], block).cpu())
+
+
+def test_what_was_pushed_is_what_was_there_when_it_was_pushed(pair: Pair) -> None:
+    link = pair.connect()
+    expected = {name: block_of(tensor, 4).cpu().clone() for name, tensor in pair.source.items()}
+    wanted = select_items([4], 0, pair.memory.layers, pair.memory.layers)
+    ticket = link.channel.push(wanted, wanted, pair.senders.fence())
+    pair.senders.quiesce()  # what follows on the compute stream runs behind the push
+    for tensor in pair.source.values():
+        block_of(tensor, 4).zero_()
+    pair.wait(ticket)
+    if ticket.slot is not None:
+        pair.target.read(link.number, ticket.slot, wanted)
+    for name, tensor in pair.target.contents().items():
+        assert torch.equal(block_of(tensor, 4), expected[name])
+
+
+def test_a_push_waits_for_the_forward_pass_it_is_behind(pair: Pair) -> None:
+    link = pair.connect()
+    if pair.memory.device != "cpu":
+        torch.cuda._sleep(200_000_000)  # about 0.1 s of a forward pass  # type: ignore[no-untyped-call]
+    for name, tensor in pair.source.items():
+        block_of(tensor, 6).fill_(5.0)
+        pair.senders.layer_done(name)
+    pair.push(link, [(6, 6)])
+    for tensor in pair.target.contents().values():
+        assert bool((block_of(tensor, 6) == 5.0).all())
+
+
+def test_a_revoked_p_writes_nothing_more(pair: Pair) -> None:
+    link = pair.connect()
+    if not link.direct:
+        pytest.skip("only D writes to D's memory")
+    time.sleep(pair.target.revoke(link.number))
+    pair.push(link, [(0, 0)])
+    assert not any(tensor.any() for tensor in pair.target.contents().values())
+
+
+def test_a_slot_has_one_owner_until_it_is_given_back(pair: Pair) -> None:
+    first, second = pair.connect(), pair.connect()
+    item = select_items([0], 0, pair.memory.layers, pair.memory.layers)
+    slots: list[int | None] = []
+    while len(slots) < 10 and first.channel.room(0):
+        slots.append(pair.wait(first.channel.push(item, item, pair.senders.fence())).slot)
+    if slots[0] is None:
+        pytest.skip("no slots")
+    assert len(slots) == len(set(slots)) == 2, "a peer's share is bounded"
+    assert second.channel.room(0), "and leaves room for others"
+    for slot in slots:
         assert slot is not None
-        pair.sender.release(slot, b"b")
-    assert pair.sender.acquire(b"a") is None, "nobody gives back what isn't his"
-    pair.sender.release_peer(b"a")
-    assert pair.sender.acquire(b"a") in mine
-
-
-def test_a_written_slot_keeps_its_bytes_when_the_blocks_change(pair: Pair) -> None:
-    slot = pair.sender.acquire(b"peer")
-    assert slot is not None
-    expected = block_of(pair.source["layer.0"], 4).clone()
-    pair.sender.write(slot, [(4, 0)])
-    block_of(pair.source["layer.0"], 4).zero_()
-    pair.receiver.read(slot, [(4, 0)])
-    assert torch.equal(block_of(pair.target["layer.0"], 4), expected)
+        second.channel.release(slot)
+    assert not first.channel.room(0), "nobody gives back what isn't his"
+    first.channel.close()
+    assert pair.connect().channel.room(0)
 
 
 @pytest.mark.parametrize("slot", [-1, 4, 1 << 40])
-def test_a_slot_outside_the_arena_is_an_error(pair: Pair, slot: int) -> None:
-    with pytest.raises(TransferError, match="outside the arena"):
-        pair.receiver.read(slot, [(0, 0)])
+def test_a_slot_that_is_none_is_an_error(pair: Pair, slot: int) -> None:
+    link = pair.connect()
+    with pytest.raises(TransferError, match=r"outside the arena|has no slots"):
+        pair.target.read(link.number, slot, select_items([0], 0, 1, pair.memory.layers))
 
 
-def test_200_reconnects_leave_no_descriptor_and_no_mapping_behind(pair: Pair) -> None:
-    def footprint() -> tuple[int, int]:
-        gc.collect()
-        return len(list(Path("/proc/self/fd").iterdir())), Path("/proc/self/maps").read_text().count("twolane-kv")
+def test_200_reconnects_leave_nothing_behind(pair: Pair) -> None:
+    def reconnect(times: int) -> None:
+        for _ in range(times):
+            link = pair.connect()
+            pair.push(link, [(0, 0)])
+            link.channel.close()
+            pair.target.close(link.number)
 
-    before = footprint()
-    for _ in range(200):
-        pair.more().close()
-    assert footprint() == before
+    reconnect(3)
+    here, there = footprint(), pair.target.footprint()
+    reconnect(200)
+    assert footprint() == here
+    assert pair.target.footprint() == there
 
 
 def test_shared_memory_has_no_name(pair: Pair) -> None:
+    assert pair.connect()
     assert not list(Path("/dev/shm").glob("*twolane*"))  # noqa: S108
 
 
+def test_what_p_does_not_have_is_refused_with_the_reason(pair: Pair) -> None:
+    with pytest.raises(TransferError, match="no transport in common"):
+        pair.senders.open([TransportOffer("carrier pigeon")], pair.pid, host_identity())
+    with pytest.raises(TransferError, match=r"another host|isn't understood"):
+        pair.senders.open([TransportOffer(pair.memory.transport)], pair.pid, "elsewhere")
+
+
 def test_another_processes_memory_is_not_taken_for_the_arena(pair: Pair) -> None:
-    layout = layout_of(pair.target, NUM_BLOCKS)
-    copier = copier_for(layout, pair.target)
+    number, offers = pair.target.open()
+    _, chosen = pair.senders.open(offers, pair.pid, host_identity())
+    if chosen.name != "shm":
+        pytest.skip("D maps nothing")
     with pytest.raises(TransferError, match="nonce differs"):
-        ShmReceiver(layout, copier, os.getpid(), {**pair.description, "nonce": b"0" * 16})
+        pair.target.attach(number, TransportOffer("shm", {**chosen.data, "nonce": b"0" * 16}), os.getpid())
     with pytest.raises(TransferError, match="same user, in the same PID namespace"):
-        ShmReceiver(layout, copier, 1 << 22, pair.description)
+        pair.target.attach(number, chosen, 1 << 22)

@@ -1,8 +1,7 @@
 """The thread beside vLLM's engine that owns a worker's sockets. Base of the prefill and the decode agent.
 
-Engine thread and agent thread meet in one lock, `self.lock`, which guards all of an agent's state. KV memory is read
-and written under it alone: after an engine-thread call that ended a transfer has returned, not one more byte of that
-transfer is read or written. The lock is held for one slot's copy at most, some milliseconds.
+Engine thread and agent thread meet in one lock, `self.lock`, which guards an agent's side (the conversation and the
+state machines). It is held for one slot's copy at most, some milliseconds.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from abc import ABC, abstractmethod
 
 import zmq
 
+from twolane.connector.host import open_pidfd
 from twolane.connector.register import Registrar
 from twolane.connector.stats import Counters
 
@@ -31,7 +31,6 @@ class Agent(ABC):
     def __init__(self, name: str, registrar: Registrar | None, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         """Takes ownership of `registrar` and `context`."""
         self.lock = threading.Lock()
-        self.counters = Counters()
         self.context = context
         self.poller = zmq.Poller()
         self._registrar = registrar
@@ -41,6 +40,7 @@ class Agent(ABC):
         self._fatal: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._pidfds: dict[int, bytes | str] = {}  # descriptor -> peer
+        self._deadline_s: float | None = None
 
     # -- engine thread
 
@@ -70,6 +70,10 @@ class Agent(ABC):
             self._reported = self.counters.copy()
         return delta
 
+    @property
+    @abstractmethod
+    def counters(self) -> Counters: ...
+
     # -- agent thread
 
     @abstractmethod
@@ -77,8 +81,9 @@ class Agent(ABC):
         """Handles what the poller reported (socket or descriptor -> events). Takes the lock itself."""
 
     @abstractmethod
-    def on_tick(self, now_s: float) -> None:
-        """Deadlines, and the messages that the engine thread queued. Takes the lock itself."""
+    def on_tick(self, now_s: float) -> float | None:
+        """Deadlines, transfers, and the messages that are to be sent. Takes the lock itself. Returns when it must be
+        called again at the latest, if sooner than usual."""
 
     @abstractmethod
     def on_peer_death(self, peer: bytes | str) -> None:
@@ -88,8 +93,9 @@ class Agent(ABC):
     def close(self) -> None:
         """Closes sockets and transports; the last thing the thread does."""
 
-    def watch_process(self, pidfd: int | None, peer: bytes | str) -> None:
-        """Takes ownership of the descriptor."""
+    def watch_process(self, peer: bytes | str, pid: int, host: str) -> None:
+        """Raises ProcessLookupError if it is dead already."""
+        pidfd = open_pidfd(pid, host)
         if pidfd is not None:
             self._pidfds[pidfd] = peer
             self.poller.register(pidfd, zmq.POLLIN)
@@ -111,7 +117,7 @@ class Agent(ABC):
             self._close_all()
 
     def _turn(self) -> None:
-        ready = dict(self.poller.poll(TICK_MS))
+        ready = dict(self.poller.poll(self._patience_ms()))
         if ready.pop(self._wake_fd, 0):
             os.eventfd_read(self._wake_fd)
         for pidfd in [fd for fd in ready if fd in self._pidfds]:
@@ -122,9 +128,14 @@ class Agent(ABC):
         if ready:
             self.on_readable(ready)
         now_s = time.monotonic()
-        self.on_tick(now_s)
+        self._deadline_s = self.on_tick(now_s)
         if self._registrar is not None:
             self._registrar.tick(now_s)
+
+    def _patience_ms(self) -> int:
+        if self._deadline_s is None:
+            return TICK_MS
+        return max(0, min(TICK_MS, int((self._deadline_s - time.monotonic()) * 1000) + 1))
 
     def _close_all(self) -> None:
         with self.lock:

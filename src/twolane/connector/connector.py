@@ -141,8 +141,10 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request whose KV has not landed isn't scheduled."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: a chunk is pushed when its forward pass is through, all layers at once."""
+    def save_kv_layer(self, layer_name: str, *_args: Any, **_kwargs: Any) -> None:
+        """Pushes may follow the layers. Not called where a CUDA graph holds the whole pass: wait_for_save sweeps."""
+        assert self._worker is not None
+        self._worker.end_layer(layer_name)
 
     def wait_for_save(self) -> None:
         """Doesn't wait: the blocks are kept until get_finished reports the request."""

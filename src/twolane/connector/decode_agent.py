@@ -1,279 +1,141 @@
-"""D's worker: announces waiting blocks to P, and copies what P pushes into them."""
+"""D's worker: the sockets to P workers, and the thread that sees to it that what they send lands."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 import zmq
 
-from twolane.connector.agent import Agent, logger
-from twolane.connector.connection import Connection
-from twolane.connector.host import host_identity, open_pidfd
-from twolane.connector.plan import Drop, Receive, StepPlan
+from twolane.connector.agent import Agent
+from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.plan import StepPlan
 from twolane.connector.register import Registrar
-from twolane.connector.settings import ConnectorSettings
-from twolane.connector.transfer import Incoming, IncomingState, ItemRange
-from twolane.connector.transport.base import Receiver
+from twolane.connector.stats import Counters
+from twolane.connector.transport.base import Ticket
 from twolane.errors import TransferError
-from twolane.protocol import (
-    Abort,
-    Announce,
-    Cancel,
-    Credit,
-    Hello,
-    KVFormat,
-    Pong,
-    Push,
-    Refused,
-    ToPrefill,
-    Welcome,
-    decode_to_decode,
-    rank_address,
-)
+from twolane.protocol import ToPrefill, decode_to_decode, encode
 
-MakeReceiver = Callable[[int, dict[str, object]], Receiver]  # (P's pid, Welcome.transport)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """For vLLM's scheduler: requests that no longer wait, and the blocks of theirs that hold nothing."""
-
-    req_ids: set[str]
-    invalid_block_ids: set[int]
+LAST_WORDS_MS = 200  # how long a closed connection may go on sending
 
 
 class DecodeAgent(Agent):
-    """State, guarded by `lock`: open transfers, what ended but wasn't reported yet, connections, messages to send."""
+    """State, guarded by `lock`: the side, what the engine's thread said and the agent's hasn't heard yet, messages to
+    send. The sockets belong to the agent's thread alone."""
 
     def __init__(
         self,
-        settings: ConnectorSettings,
-        kv_format: KVFormat,
-        make_receiver: MakeReceiver,
-        *,
-        epoch: str,
-        pid: int,
-        rank: int,
+        make_side: Callable[[DecodeAgent], DecodeSide],
         registrar: Registrar | None,
-        items_per_block: int,
         context: zmq.Context[zmq.Socket[bytes]],
     ) -> None:
         super().__init__("twolane-decode", registrar, context)
-        self._settings = settings
-        self._make_receiver = make_receiver
-        self._rank = rank
-        self._items_per_block = items_per_block
-        self._block_size = kv_format.block_size
-        self._hello = Hello(epoch, pid, host_identity(), kv_format)
-        self._open: dict[str, Incoming] = {}
-        self._finished = Finished(set(), set())
-        self._outbox: list[tuple[str, ToPrefill]] = []  # (P's address, message)
-        self._peers: dict[str, Connection] = {}
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._outbox: list[tuple[zmq.Socket[bytes], ToPrefill]] = []
+        self._leaving: list[zmq.Socket[bytes]] = []  # closed once their last words are sent
+        self._steps: list[tuple[StepPlan, Ticket]] = []
+        self._side = make_side(self)
 
     # -- engine thread
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Before the forward pass. After it nothing is written for a dropped transfer any more."""
-        now_s = time.monotonic()
+        if not plan.drop and not plan.receive:
+            return
         with self.lock:
-            for drop in plan.drop:
-                self._drop(drop)
-            for receive in plan.receive:
-                self._receive(receive, now_s)
-        if plan.drop or plan.receive:
-            self.wake()
+            self._steps.append((plan, self._side.fence()))
+        self.wake()
+
+    def end_step(self) -> None:
+        """After a forward pass was launched."""
+        with self.lock:
+            self._side.end_step()
 
     def take_finished(self) -> Finished:
-        """What ended since the last call: each announced request exactly once, also a dropped one."""
         with self.lock:
-            finished, self._finished = self._finished, Finished(set(), set())
-        return finished
+            return self._side.take_finished()
 
-    # -- under the lock
+    @property
+    def counters(self) -> Counters:
+        return self._side.counters
 
-    def _receive(self, receive: Receive, now_s: float) -> None:
-        incoming = Incoming(
-            receive.req_id,
-            receive.transfer_id,
-            receive.num_tokens,
-            receive.first_block,
-            receive.block_ids,
-            self._items_per_block,
-            self._block_size,
-            announced_at_s=now_s,
-            progress_at_s=now_s,
-        )
-        if receive.transfer_id in self._open:
-            incoming.fail("transfer_id used twice")
-            self._report(incoming)
-            return
-        self._open[receive.transfer_id] = incoming
-        announce = Announce(
-            receive.transfer_id, receive.num_tokens, receive.first_block, receive.block_ids, receive.digest
-        )
-        self._outbox.append((self._address(receive.prefill_address), announce))
+    # -- Links, under the lock, agent thread
 
-    def _drop(self, drop: Drop) -> None:
-        if incoming := self._open.pop(drop.transfer_id, None):
-            self._finished.req_ids.add(incoming.req_id)
-        self._outbox.append((self._address(drop.prefill_address), Cancel(drop.transfer_id, drop.reason)))
+    def connect(self, address: str) -> None:
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)  # bounded by open transfers and by P's slots
+        try:
+            socket.connect(f"tcp://{address}")
+        except zmq.ZMQError as error:
+            socket.close()
+            raise TransferError(f"can't connect to {address}: {error.strerror}") from error
+        self._sockets[address] = socket
+        self.poller.register(socket, zmq.POLLIN)
 
-    def _address(self, rank_0_address: str) -> str:
-        return rank_address(rank_0_address, self._rank)
+    def send(self, address: str, message: ToPrefill) -> None:
+        if socket := self._sockets.get(address):
+            self._outbox.append((socket, message))
 
-    def _end(self, incoming: Incoming) -> None:
-        del self._open[incoming.transfer_id]
-        self._report(incoming)
+    def disconnect(self, address: str) -> None:
+        self.unwatch_process(address)
+        socket = self._sockets.pop(address)
+        self.poller.unregister(socket)
+        self._leaving.append(socket)
 
-    def _report(self, incoming: Incoming) -> None:
-        """To the engine. The caller has made sure that nothing writes to these blocks any more."""
-        self._finished.req_ids.add(incoming.req_id)
-        if incoming.state is IncomingState.LANDED:
-            self.counters.kv_received_transfers += 1
-        else:
-            self._finished.invalid_block_ids.update(incoming.invalid_blocks())
-            self.counters.kv_receive_failures += 1
-            wanted = incoming.num_tokens - incoming.first_block * self._block_size
-            self.counters.kv_recomputed_tokens += wanted - incoming.landed_tokens
-            logger.warning(
-                "transfer failed, the prompt is computed here transfer_id=%s landed_tokens=%d of=%d reason=%r",
-                incoming.transfer_id,
-                incoming.landed_tokens,
-                wanted,
-                incoming.reason,
-            )
-        self.counters.kv_received_tokens += incoming.landed_tokens
-
-    def _fail(self, incoming: Incoming, reason: str) -> None:
-        incoming.fail(reason)
-        self._end(incoming)
+    def watch(self, address: str, pid: int, host: str) -> None:
+        self.watch_process(address, pid, host)
 
     # -- agent thread
 
-    def on_tick(self, now_s: float) -> None:
-        with self.lock:
-            outbox, self._outbox = self._outbox, []
-            for address, message in outbox:
-                self._post(address, message, now_s)
-            for peer in list(self._peers.values()):
-                if peer.is_silent(now_s, self._settings.peer_timeout_s):
-                    reason = f"prefill instance {peer.address} silent for {self._settings.peer_timeout_s:g} s"
-                    self._drop_peer(peer.address, reason)
-            for incoming in list(self._open.values()):
-                if incoming.overdue(now_s, self._settings.transfer_timeout_s):
-                    timeout_s = self._settings.transfer_timeout_s
-                    self._fail_and_tell(incoming, f"no block came for {timeout_s:g} s")
-
-    def _post(self, address: str, message: ToPrefill, now_s: float) -> None:
-        if isinstance(message, Announce) and message.transfer_id not in self._open:
-            return  # dropped before it was sent; its Cancel follows
-        try:
-            peer = self._peers.get(address) or self._connect(address, now_s)
-        except zmq.ZMQError as error:
-            if isinstance(message, Announce):
-                self._fail(self._open[message.transfer_id], f"can't connect to {address}: {error.strerror}")
-            return
-        if isinstance(message, Announce):
-            peer.transfers.add(message.transfer_id)
-        elif isinstance(message, Cancel):
-            peer.transfers.discard(message.transfer_id)
-        peer.send(message)
-
-    def _connect(self, address: str, now_s: float) -> Connection:
-        peer = self._peers[address] = Connection.open(self.context, address, self._hello, now_s)
-        self.poller.register(peer.socket, zmq.POLLIN)
-        return peer
-
     def on_readable(self, ready: dict[object, int]) -> None:
-        for address, peer in list(self._peers.items()):
-            while peer.socket in ready and address in self._peers:
+        for address, socket in list(self._sockets.items()):
+            while socket in ready and self._sockets.get(address) is socket:
                 try:
-                    frame = peer.socket.recv(zmq.NOBLOCK)
+                    frame = socket.recv(zmq.NOBLOCK)
                 except zmq.Again:
                     break
                 with self.lock:
-                    self._on_frame(address, peer, frame)
+                    self._on_frame(address, frame)
+                self._flush()
 
-    def _on_frame(self, address: str, peer: Connection, frame: bytes) -> None:
-        peer.last_word_s = time.monotonic()
+    def _on_frame(self, address: str, frame: bytes) -> None:
+        now_s = time.monotonic()
         try:
             message = decode_to_decode(frame)
         except msgspec.MsgspecError as error:
-            self._drop_peer(address, f"prefill instance {address} not understood: {error}")
-            return
-        match message:
-            case Push():
-                self._on_push(peer, message)
-            case Abort(transfer_id, reason):
-                peer.transfers.discard(transfer_id)
-                if incoming := self._open.get(transfer_id):
-                    self._fail(incoming, f"prefill instance: {reason}")
-            case Welcome():
-                self._on_welcome(address, peer, message)
-            case Refused(reason):
-                self._drop_peer(address, f"prefill instance {address} refused: {reason}")
-            case Pong():
-                pass
-
-    def _on_welcome(self, address: str, peer: Connection, welcome: Welcome) -> None:
-        try:
-            self.watch_process(open_pidfd(welcome.pid, welcome.host), address)
-            peer.receiver = self._make_receiver(welcome.pid, welcome.transport)
-        except ProcessLookupError:
-            self._drop_peer(address, f"prefill instance {address} died")
-        except TransferError as error:
-            logger.error("no transport to prefill instance %s: %s", address, error)
-            for transfer_id in peer.transfers:
-                peer.send(Cancel(transfer_id, str(error)))
-            self._drop_peer(address, str(error))
-
-    def _on_push(self, peer: Connection, push: Push) -> None:
-        incoming = self._open.get(push.transfer_id)
-        if incoming is not None and push.transfer_id in peer.transfers:
-            try:
-                self._land(peer, incoming, push)
-            except TransferError as error:
-                self._fail_and_tell(incoming, str(error))
-        peer.send(Credit(push.slot))
-
-    def _land(self, peer: Connection, incoming: Incoming, push: Push) -> None:
-        items = ItemRange(push.first_item, push.num_items)
-        targets = incoming.target_blocks(items)
-        if peer.receiver is None:
-            raise TransferError("a push came before the handshake")
-        self.counters.kv_received_bytes += peer.receiver.read(push.slot, targets)
-        incoming.landed(items, time.monotonic())
-        if incoming.state is IncomingState.LANDED:
-            peer.transfers.discard(push.transfer_id)
-            self._end(incoming)
-
-    def _fail_and_tell(self, incoming: Incoming, reason: str) -> None:
-        for peer in self._peers.values():
-            if incoming.transfer_id in peer.transfers:
-                peer.transfers.discard(incoming.transfer_id)
-                peer.send(Cancel(incoming.transfer_id, reason))
-        self._fail(incoming, reason)
+            self._side.on_garbage(address, error, now_s)
+        else:
+            self._side.on_message(address, message, now_s)
 
     def on_peer_death(self, peer: bytes | str) -> None:
         assert isinstance(peer, str)
         with self.lock:
-            self._drop_peer(peer, f"prefill instance {peer} died")
+            self._side.on_peer_death(peer, time.monotonic())
 
-    def _drop_peer(self, address: str, reason: str) -> None:
-        """Fails what waited for it; the next announce to this address connects anew."""
-        peer = self._peers.pop(address, None)
-        if peer is None:
-            return
-        self.unwatch_process(address)
-        self.poller.unregister(peer.socket)
-        peer.close()
-        for transfer_id in peer.transfers:
-            if incoming := self._open.get(transfer_id):
-                self._fail(incoming, reason)
+    def on_tick(self, now_s: float) -> float | None:
+        with self.lock:
+            steps, self._steps = self._steps, []
+            for plan, gate in steps:
+                self._side.begin_step(plan, gate, now_s)
+            self._side.settle(now_s)
+            self._side.tick(now_s)
+            deadline_s = self._side.next_deadline_s
+        self._flush()
+        return deadline_s
+
+    def _flush(self) -> None:
+        with self.lock:
+            outbox, self._outbox = self._outbox, []
+            leaving, self._leaving = self._leaving, []
+        for socket, message in outbox:
+            with contextlib.suppress(zmq.Again):
+                socket.send(encode(message), zmq.NOBLOCK)
+        for socket in leaving:
+            socket.close(linger=LAST_WORDS_MS)
 
     def close(self) -> None:
-        for peer in self._peers.values():
-            peer.close()
+        for socket in (*self._sockets.values(), *self._leaving):
+            socket.close()
+        self._side.close()

@@ -65,18 +65,32 @@ class Offers:
     def announce_early(self, announce: Announce, peer: bytes, now_s: float) -> None:
         self._early[announce.transfer_id] = Early(announce, peer, now_s + self._memory_s)
 
-    def cancel(self, transfer_id: str, reason: str, now_s: float) -> None:
-        """D doesn't want it, whether P has seen the request or not."""
+    def cancel(self, transfer_id: str, reason: str, now_s: float) -> Outgoing | None:
+        """D doesn't want it, whether P has seen the request or not. Returns the transfer if P has."""
         self._early.pop(transfer_id, None)
-        if outgoing := self._by_id.get(transfer_id):
+        outgoing = self._by_id.get(transfer_id)
+        if outgoing is not None:
             outgoing.end(reason)
         else:
             self._remember(transfer_id, reason, now_s)
+        return outgoing
+
+    def why_not(self, transfer_id: str, peer: bytes) -> str | None:
+        """Why this peer waits for the transfer in vain; None if it doesn't."""
+        early = self._early.get(transfer_id)
+        if early is not None and early.peer == peer:
+            return None
+        outgoing = self._by_id.get(transfer_id)
+        if outgoing is not None and not outgoing.is_over and outgoing.peer == peer:
+            return None
+        if outgoing is not None and outgoing.ended is not None:
+            return outgoing.ended or "already sent"
+        return self.why_gone(transfer_id) or "no announce of it came"
 
     def take_finished(self, finished_req_ids: set[str], now_s: float) -> set[str]:
         """Requests that vLLM named as finished, now or before, and whose transfer is over: each once."""
         self._finished |= finished_req_ids & self._by_req.keys()
-        over = {req_id for req_id in self._finished if self._by_req[req_id].ended is not None}
+        over = {req_id for req_id in self._finished if self._by_req[req_id].is_over}
         self._finished -= over
         for req_id in over:
             outgoing = self._by_req.pop(req_id)

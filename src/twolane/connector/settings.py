@@ -20,7 +20,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `lease_s`: how long P keeps the blocks of a finished request without a word from D.
     `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.
     `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
-    `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once.
+    `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc`, then `shm`.
+    `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once; 0: what suits the device.
+    `trace_file`: for benchmarks; see trace.Trace.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice.
     """
 
@@ -31,8 +33,10 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     lease_s: float = 30.0
     peer_timeout_s: float = 10.0
     transfer_timeout_s: float = 300.0
-    slot_bytes: int = 8 << 20
+    transport: Literal["auto", "cuda_ipc", "shm"] = "auto"
+    slot_bytes: int = 0
     num_slots: int = 8
+    trace_file: str = ""
     fault: Literal["", "zero_kv"] = ""
 
 

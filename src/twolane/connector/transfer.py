@@ -1,14 +1,16 @@
 """The state machines of one transfer, both sides, apart from sockets, threads and tensors.
 
-Time comes in as an argument (monotonic seconds), decisions go out as values. Neither class is thread-safe: the agent
-that owns it holds its lock.
+Time comes in as an argument (monotonic seconds), decisions go out as values. Neither class is thread-safe: the side
+that owns it is guarded by its agent's lock. docs/ARCHITECTURE.md draws both.
 
 P, `Outgoing`: who owns the blocks and until when
-    OFFERED    the request (queued or computing)       until it ends
-    HELD       the transfer (request done, not all sent)  until the last byte is read, CANCEL, D's death or the lease
-    RETIRED    nobody; reported to vLLM's scheduler, which frees them
+    offered    the request (queued or computing)       until it ends
+    held       the transfer (request done, not all sent)  until the last byte is read, CANCEL, D's death or the lease
+    over       nobody: it has ended and no push is in flight; reported to vLLM's scheduler, which frees the blocks
 D, `Incoming`: the request owns its blocks throughout; the transfer alone may write to them
-    WAITING    until the last block landed, ABORT, P's death, a deadline, or the request's end
+    ALLOCATED  nobody else knows of the blocks yet     until the forward passes that may still write to them are through
+    WAITING    P may write                             until the last block landed, ABORT, P's death, a deadline, a drop
+    ENDING     P may still write, nobody wants it      until P says that it writes no more, or can't any more
     LANDED / FAILED   no write can land any more; reported to vLLM's scheduler
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from twolane.connector.transport.base import Fence, Items, select_items
 from twolane.errors import TransferError
 from twolane.protocol import Announce
 
@@ -44,20 +47,26 @@ class Outgoing:
     items_per_block: int
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
+    fence: Fence = field(default_factory=Fence)  # behind which the last of them are
     announce: Announce | None = None
     peer: bytes | None = None  # whose announce it is
-    next_item: int = 0
+    next_item: int = 0  # the first that no push was begun for
+    in_flight: int = 0  # pushes begun and not done: they read the blocks
+    turn: int = 0  # when it last began a push; who waited longest goes first
     done_at_s: float | None = None  # the request ended and its prompt was computed
     ended: str | None = None  # why nothing more will be sent; "" for success
 
     # -- events
 
-    def advance(self, block_ids: list[int], *, replace: bool, num_valid_tokens: int) -> None:
+    def advance(self, block_ids: list[int], fence: Fence, *, replace: bool, num_valid_tokens: int) -> None:
+        """A chunk was launched; behind the fence the first `num_valid_tokens` tokens have their KV."""
         self.block_ids = list(block_ids) if replace else self.block_ids + block_ids
         self.num_valid_tokens = num_valid_tokens
+        self.fence = fence
 
     def retract(self) -> None:
-        """The request was preempted: its blocks belong to others now. What was sent stays sent."""
+        """The request was preempted: its blocks belong to others now. What was sent stays sent; what is in flight is
+        read before others write (SendTransports.quiesce)."""
         self.block_ids = []
         self.num_valid_tokens = 0
 
@@ -77,6 +86,17 @@ class Outgoing:
     def computed(self, now_s: float) -> None:
         """The request ended on P with its whole prompt computed: the lease begins."""
         self.done_at_s = now_s
+
+    def begun(self, push: ItemRange) -> None:
+        """The items are being read from P's blocks."""
+        self.next_item = push.end
+        self.in_flight += 1
+
+    def done(self) -> None:
+        """A push was read to its end, or failed."""
+        self.in_flight -= 1
+        if self.announce is not None and self.in_flight == 0 and self.next_item == self.num_items:
+            self.end("")
 
     def end(self, reason: str) -> None:
         if self.ended is None:
@@ -98,23 +118,31 @@ class Outgoing:
             return len(self.announce.block_ids)
         return max(0, self.num_valid_tokens // self.block_size - self.announce.first_block)
 
-    def source_blocks(self, push: ItemRange) -> list[tuple[int, int]]:
-        """P's (block id, layer) of each item."""
+    def sources(self, push: ItemRange) -> Items:
+        """In P's blocks."""
         assert self.announce is not None
-        return _items(self.block_ids[self.announce.first_block :], push, self.items_per_block)
+        block_ids = self.block_ids[self.announce.first_block :]
+        return select_items(block_ids, push.first, push.count, self.items_per_block)
 
-    def sent(self, push: ItemRange) -> None:
-        """The items were read from P's blocks."""
+    def targets(self, push: ItemRange) -> Items:
+        """In D's blocks."""
         assert self.announce is not None
-        self.next_item = push.end
-        if self.next_item == len(self.announce.block_ids) * self.items_per_block:
-            self.end("")
+        return select_items(self.announce.block_ids, push.first, push.count, self.items_per_block)
 
     def lease_over(self, now_s: float, last_word_s: float, lease_s: float) -> bool:
         """Whether blocks were held for `lease_s` since the request ended and since D's last word."""
         if self.done_at_s is None or self.ended is not None:
             return False
         return now_s - max(self.done_at_s, last_word_s) > lease_s
+
+    @property
+    def is_over(self) -> bool:
+        """Nobody reads its blocks any more, and nobody will."""
+        return self.ended is not None and self.in_flight == 0
+
+    @property
+    def num_items(self) -> int:
+        return len(self.announce.block_ids) * self.items_per_block if self.announce is not None else 0
 
     @property
     def num_tokens(self) -> int:
@@ -125,65 +153,114 @@ class Outgoing:
 
 
 class IncomingState(enum.Enum):
+    ALLOCATED = "allocated"
     WAITING = "waiting"
+    ENDING = "ending"
     LANDED = "landed"
     FAILED = "failed"
 
 
 @dataclass
 class Incoming:
-    """D's side of a transfer."""
+    """D's side of a transfer. Items are begun and land in order, so that one number tells what is there."""
 
     req_id: str
-    transfer_id: str
-    num_tokens: int
-    first_block: int
-    block_ids: list[int]
+    announce: Announce
+    address: str  # P's control address, same rank
     items_per_block: int
     block_size: int
-    announced_at_s: float
     progress_at_s: float
-    next_item: int = 0
-    state: IncomingState = IncomingState.WAITING
+    state: IncomingState = IncomingState.ALLOCATED
+    next_item: int = 0  # the first that no read was begun for
+    landed_items: int = 0
+    in_flight: int = 0  # reads begun and not done: they write the blocks
+    is_fenced: bool = False  # P can't write (any more)
+    is_dropped: bool = False  # nobody waits for it: neither a success nor a failure
     reason: str = ""
 
     @property
-    def num_items(self) -> int:
-        return len(self.block_ids) * self.items_per_block
+    def transfer_id(self) -> str:
+        return self.announce.transfer_id
 
-    def target_blocks(self, push: ItemRange) -> list[tuple[int, int]]:
-        """D's (block id, layer) of each item. Raises TransferError on a gap, a repetition or an overrun."""
+    @property
+    def num_items(self) -> int:
+        return len(self.announce.block_ids) * self.items_per_block
+
+    # -- events
+
+    def announced(self, now_s: float) -> None:
+        assert self.state is IncomingState.ALLOCATED
+        self.state, self.progress_at_s = IncomingState.WAITING, now_s
+
+    def targets(self, push: ItemRange) -> Items:
+        """In D's blocks. Raises TransferError on a gap, a repetition or an overrun."""
         if push.first != self.next_item or push.count < 1 or push.end > self.num_items:
             raise TransferError(
                 f"items {push.first}+{push.count} came where {self.next_item} of {self.num_items} were due"
             )
-        return _items(self.block_ids, push, self.items_per_block)
+        return select_items(self.announce.block_ids, push.first, push.count, self.items_per_block)
+
+    def begun(self, push: ItemRange) -> None:
+        """The items are being written to D's blocks."""
+        self.next_item = push.end
+        self.in_flight += 1
 
     def landed(self, push: ItemRange, now_s: float) -> None:
         """The items are in D's blocks."""
-        self.next_item = push.end
+        self.in_flight -= 1
+        self.landed_items = push.end
         self.progress_at_s = now_s
-        if self.next_item == self.num_items:
+        if self.state is IncomingState.WAITING and self.landed_items == self.num_items:
             self.state = IncomingState.LANDED
 
-    def fail(self, reason: str) -> None:
-        if self.state is IncomingState.WAITING:
-            self.state, self.reason = IncomingState.FAILED, reason
+    def broken(self) -> None:
+        """A read failed: what it was to write is unknown."""
+        self.in_flight -= 1
+
+    def fail(self, reason: str, now_s: float, *, dropped: bool = False) -> None:
+        """Nobody wants it, or it can't be had. Not over before nothing can write any more."""
+        if self.state in (IncomingState.ALLOCATED, IncomingState.WAITING):
+            self.is_fenced |= self.state is IncomingState.ALLOCATED
+            self.state, self.reason, self.progress_at_s = IncomingState.ENDING, reason, now_s
+        self.is_dropped |= dropped
+        self._settle()
+
+    def fence(self) -> None:
+        """P writes no more, or can't."""
+        self.is_fenced = True
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.state is IncomingState.ENDING and self.is_fenced and self.in_flight == 0:
+            self.state = IncomingState.FAILED
+
+    # -- decisions
+
+    @property
+    def is_over(self) -> bool:
+        self._settle()
+        return self.state in (IncomingState.LANDED, IncomingState.FAILED)
 
     def overdue(self, now_s: float, transfer_timeout_s: float) -> bool:
-        return self.state is IncomingState.WAITING and now_s - self.progress_at_s > transfer_timeout_s
+        waits = self.state in (IncomingState.ALLOCATED, IncomingState.WAITING)
+        return waits and now_s - self.progress_at_s > transfer_timeout_s
+
+    def stuck(self, now_s: float, peer_timeout_s: float) -> bool:
+        """P doesn't say that it writes no more."""
+        return self.state is IncomingState.ENDING and now_s - self.progress_at_s > peer_timeout_s
 
     def invalid_blocks(self) -> list[int]:
         """Blocks of which not every byte landed: D must compute these itself."""
-        return self.block_ids[self.next_item // self.items_per_block :]
+        return self.announce.block_ids[self.landed_items // self.items_per_block :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose KV was asked for."""
+        return self.announce.num_tokens - self.announce.first_block * self.block_size
 
     @property
     def landed_tokens(self) -> int:
         """Tokens whose KV landed, of those that were asked for."""
-        if self.state is IncomingState.LANDED:
-            return self.num_tokens - self.first_block * self.block_size
-        return self.next_item // self.items_per_block * self.block_size
-
-
-def _items(block_ids: list[int], push: ItemRange, items_per_block: int) -> list[tuple[int, int]]:
-    return [(block_ids[item // items_per_block], item % items_per_block) for item in range(push.first, push.end)]
+        if self.landed_items == self.num_items:
+            return self.num_tokens
+        return self.landed_items // self.items_per_block * self.block_size

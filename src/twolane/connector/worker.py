@@ -9,16 +9,19 @@ from typing import Any
 
 import zmq
 
-from twolane.connector.decode_agent import DecodeAgent, Finished
+from twolane.connector.decode_agent import DecodeAgent
+from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout, layout_of
 from twolane.connector.plan import StepPlan
 from twolane.connector.prefill_agent import PrefillAgent
+from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.register import Registrar
 from twolane.connector.settings import ConnectorSettings, read_secret
-from twolane.connector.transport.copier import copier_for
-from twolane.connector.transport.shm import ShmReceiver, ShmSender
+from twolane.connector.trace import Trace
+from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.errors import ConfigError
-from twolane.protocol import PROTOCOL_VERSION, KVFormat, Registration, rank_address
+from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, rank_address
 
 
 @dataclass(frozen=True)
@@ -60,31 +63,28 @@ def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[b
     return Registrar(context, settings.discovery_address, me, secret)
 
 
+def _identity() -> Identity:
+    return Identity(epoch=uuid.uuid4().hex, pid=os.getpid(), host=host_identity())
+
+
 def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> PrefillAgent:
     """Raises ConfigError if the layout can't be moved or the control port is taken."""
-    layout = layout_of(kv_caches, facts.num_blocks)
-    settings = facts.settings
-    sender = ShmSender(
-        layout,
-        copier_for(layout, kv_caches),
-        slot_bytes=settings.slot_bytes,
-        num_slots=settings.num_slots,
-        zero=settings.fault == "zero_kv",
-    )
-    epoch, context = uuid.uuid4().hex, zmq.Context(io_threads=1)
+    layout, me, context = layout_of(kv_caches, facts.num_blocks), _identity(), zmq.Context(io_threads=1)
+
+    def make_side(agent: PrefillAgent) -> PrefillSide:
+        return PrefillSide(
+            facts.settings,
+            me,
+            facts.kv_format(layout),
+            layout.items_per_block,
+            senders_for(layout, facts.settings, agent.wake),
+            agent,
+            Trace(facts.settings.trace_file, "P", facts.rank),
+        )
+
     address = rank_address(facts.rank_0_address, facts.rank)
     try:
-        return PrefillAgent(
-            settings,
-            facts.kv_format(layout),
-            sender,
-            bind_address=address,
-            epoch=epoch,
-            pid=os.getpid(),
-            registrar=_registrar(facts, epoch, context),
-            items_per_block=layout.items_per_block,
-            context=context,
-        )
+        return PrefillAgent(make_side, address, _registrar(facts, me.epoch, context), context)
     except zmq.ZMQError as error:
         raise ConfigError(
             f"control address {address}: {error.strerror}. Another process has the port? Set another kv_port."
@@ -93,20 +93,21 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
 
 def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAgent:
     """Raises ConfigError if the layout can't be moved."""
-    layout = layout_of(kv_caches, facts.num_blocks)
-    copier = copier_for(layout, kv_caches)
-    epoch, context = uuid.uuid4().hex, zmq.Context(io_threads=1)
-    return DecodeAgent(
-        facts.settings,
-        facts.kv_format(layout),
-        lambda pid, description: ShmReceiver(layout, copier, pid, description),
-        epoch=epoch,
-        pid=os.getpid(),
-        rank=facts.rank,
-        registrar=_registrar(facts, epoch, context),
-        items_per_block=layout.items_per_block,
-        context=context,
-    )
+    layout, me, context = layout_of(kv_caches, facts.num_blocks), _identity(), zmq.Context(io_threads=1)
+
+    def make_side(agent: DecodeAgent) -> DecodeSide:
+        return DecodeSide(
+            facts.settings,
+            me,
+            facts.kv_format(layout),
+            layout.items_per_block,
+            facts.rank,
+            receivers_for(layout, facts.settings, agent.wake),
+            agent,
+            Trace(facts.settings.trace_file, "D", facts.rank),
+        )
+
+    return DecodeAgent(make_side, _registrar(facts, me.epoch, context), context)
 
 
 class WorkerSide:
@@ -142,6 +143,13 @@ class WorkerSide:
         plan, self._plan = self._plan, StepPlan()
         if self._prefill is not None and plan.advance:
             self._prefill.end_step(plan.advance)
+        elif self._decode is not None:
+            self._decode.end_step()
+
+    def end_layer(self, layer_name: str) -> None:
+        """The forward pass of this layer was launched."""
+        if self._prefill is not None and self._plan.advance:
+            self._prefill.layer_done(layer_name)
 
     def take_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
         """(sent, received), as vLLM's get_finished returns them."""

@@ -1,57 +1,158 @@
 """The contract of a transport: it moves items (one layer of one block) from P's KV memory to D's.
 
-An agent decides what moves and when; a transport only moves bytes. Both halves are used by the agent's one thread and
-under its lock, so that whoever holds the lock knows that no byte is being read or written.
+The two sides decide what moves and when; a transport only moves bytes. There are two ways:
+
+staged   P copies items into a slot, says Push(slot); D copies them out and gives the slot back with Credit. D alone
+         writes to D's KV memory.
+direct   P writes into D's KV memory itself and says Push without a slot once the bytes are there. D must not give its
+         blocks away before P has said that it writes no more, or P is dead, or D has revoked P's permission.
+
+Everything here is called by the agent's thread under the agent's lock, except what says "engine's thread". A movement
+that was begun is a Ticket; `poll` marks it done. Tickets of one channel become done in the order they were begun.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
-Items = list[tuple[int, int]]  # (block id, layer) in the order of the wire
+from twolane.protocol import TransportOffer
+
+Wake = Callable[[], None]  # from any thread: some ticket may be done
 
 
-class Sender(Protocol):
-    """P's half: a staging arena of slots that peers read."""
+@dataclass(frozen=True)
+class Items:
+    """A run of items, block by block, layers inside a block: `count` of them, without the first `skip` of the first
+    block. `blocks`: the ids of all blocks that are touched."""
 
-    def describe(self) -> dict[str, Any]:
-        """What a Receiver needs to attach; travels in Welcome."""
+    blocks: list[int]
+    skip: int
+    count: int
+    num_layers: int
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """(block id, layer)"""
+        for item in range(self.skip, self.skip + self.count):
+            yield self.blocks[item // self.num_layers], item % self.num_layers
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers of all blocks are in it."""
+        return self.skip == 0 and self.count == len(self.blocks) * self.num_layers
+
+
+def select_items(block_ids: list[int], first: int, count: int, num_layers: int) -> Items:
+    """Items [first, first + count) of a transfer over `block_ids`."""
+    first_block, end_block = first // num_layers, -(-(first + count) // num_layers)
+    return Items(block_ids[first_block:end_block], first % num_layers, count, num_layers)
+
+
+class Fence:
+    """A forward pass that was launched; a push behind it reads what it computes. Transports that must wait for a
+    device make their own; this one stands for a pass that was over when it was launched."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A movement of bytes. Until `done`, both the KV memory and the slot belong to the transport.
+
+    `slot`: where D finds the bytes; None if they are in D's blocks already. `error`: why it failed, when `done`.
+    """
+
+    size_bytes: int
+    slot: int | None = None
+    done: bool = False
+    error: str = ""
+
+
+class SendChannel(Protocol):
+    """P's half towards one D worker."""
+
+    def room(self, first_item: int) -> int:
+        """How many items from `first_item` on one push may hold now; 0: none until a slot comes back."""
         ...
 
-    def acquire(self, peer: bytes) -> int | None:
-        """A free slot for this peer, or None: all taken, or the peer's share is used up. The caller owns it until it
-        sends it (then the peer owns it until `release`)."""
+    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
+        """Begins to move P's `sources` to D's `targets` (as many, at most `room`), behind the fence."""
         ...
 
-    def release(self, slot: int, peer: bytes) -> None:
-        """The peer gave the slot back (Credit). Ignored for a slot that isn't the peer's."""
+    def release(self, slot: int) -> None:
+        """D gave the slot back. Ignored for a slot that isn't this peer's."""
         ...
 
-    def release_peer(self, peer: bytes) -> None:
-        """The peer is gone for good and can't read any more: all its slots are free."""
+    def close(self) -> None:
+        """The peer is gone for good: its slots are free, its memory is unmapped. Open tickets end with an error."""
         ...
 
-    def capacity(self, first_item: int) -> int:
-        """How many items from `first_item` on fit into a slot."""
+
+class SendTransports(Protocol):
+    """All that one P worker can send with."""
+
+    def open(self, offers: list[TransportOffer], pid: int, host: str) -> tuple[SendChannel, TransportOffer]:
+        """The best of what D offers, and what D needs to attach. Raises TransferError, which says why none will do."""
         ...
 
-    def fence(self) -> None:
-        """Called by the engine's thread after it launched a forward pass: later writes read what that pass computes."""
+    def layer_done(self, layer_name: str) -> None:
+        """Engine's thread: the forward pass of this layer was launched."""
         ...
 
-    def write(self, slot: int, items: Items) -> int:
-        """Copies the items' bytes from P's KV memory into the slot, one after the other; returns bytes written.
-        When it returns, the KV memory has been read and may be reused. Blocks the calling thread only."""
+    def fence(self) -> Fence:
+        """Engine's thread: a forward pass was launched to its end."""
+        ...
+
+    def quiesce(self) -> None:
+        """Engine's thread: the forward passes launched from now on overwrite nothing that is still being read."""
+        ...
+
+    def poll(self) -> None:
+        """Marks tickets that are done."""
         ...
 
     def close(self) -> None: ...
 
 
-class Receiver(Protocol):
-    """D's half: one for each P it is connected to."""
+class ReceiveChannel(Protocol):
+    """D's half towards one P worker; made before the handshake."""
 
-    def read(self, slot: int, items: Items) -> int:
-        """Copies the slot's bytes into D's KV memory; returns bytes read. When it returns, they have landed."""
+    @property
+    def offers(self) -> list[TransportOffer]:
+        """What D can receive with, best first; travels in Hello."""
+        ...
+
+    @property
+    def direct(self) -> bool:
+        """Whether P may be writing to D's memory. True until `attach` has said otherwise."""
+        ...
+
+    def attach(self, chosen: TransportOffer, pid: int) -> None:
+        """P's choice. Raises TransferError where it can't be used."""
+        ...
+
+    def read(self, slot: int, items: Items) -> Ticket:
+        """Begins to copy the slot's bytes into D's KV memory. Raises TransferError for a slot that can't be."""
+        ...
+
+    def revoke(self) -> float:
+        """P may write no more, whatever state it is in. Returns after how many seconds no write can land any more."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ReceiveTransports(Protocol):
+    """All that one D worker can receive with."""
+
+    def open(self) -> ReceiveChannel: ...
+
+    def fence(self) -> Ticket:
+        """Engine's thread: done when every forward pass launched so far is through. Blocks that the scheduler gives
+        to a new request may still be written by such a pass for the request that had them before."""
+        ...
+
+    def poll(self) -> None:
+        """Marks tickets that are done."""
         ...
 
     def close(self) -> None: ...

@@ -1,44 +1,93 @@
-"""Copies items between KV memory and a staging buffer in host memory."""
+"""What moves bytes between KV memory and a staging slot in host memory, and knows when a forward pass is through."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Protocol
+from typing import Protocol
 
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Items
+from twolane.connector.transport.base import Fence, Items, Ticket, Wake
 from twolane.errors import ConfigError
 
 
 class Copier(Protocol):
-    """`address` is where the staging bytes begin in this process. Both return the bytes copied, and only when done."""
+    """`layer_done`, `fence`, `quiesce`: engine's thread, as in base.SendTransports; `passes` too, as in
+    ReceiveTransports.fence. The rest: agent's thread. Slots begin at `address` in this process."""
 
-    def fence(self) -> None:
-        """Engine's thread: a later gather waits for what the current compute stream holds now."""
+    slot_bytes: int  # what suits this memory, where nothing else is asked for
+
+    def layer_done(self, layer_name: str) -> None: ...
+
+    def fence(self) -> Fence: ...
+
+    def quiesce(self) -> None: ...
+
+    def passes(self) -> Ticket: ...
+
+    def capacity(self, slot_bytes: int, first_item: int) -> int:
+        """How many items from `first_item` on fit into a slot."""
         ...
 
-    def gather(self, address: int, items: Items) -> int: ...
+    def pin(self, address: int, size_bytes: int) -> None:
+        """Announces memory of slots that the device may read and write; until `unpin`."""
+        ...
 
-    def scatter(self, address: int, items: Items) -> int: ...
+    def unpin(self, address: int) -> None: ...
+
+    def gather(self, address: int, items: Items, fence: Fence) -> Ticket:
+        """From KV memory into the slot, behind the fence."""
+        ...
+
+    def scatter(self, address: int, items: Items) -> Ticket:
+        """From the slot into KV memory."""
+        ...
+
+    def poll(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class HostCopier:
-    """KV in host memory (vLLM's CPU engine): one memmove a piece, which ctypes runs without the GIL."""
+    """KV in host memory (vLLM's CPU engine): one memmove a piece, which ctypes runs without the GIL.
+
+    A forward pass on the CPU is over when it returns, and a copy is over when it returns: nothing is ever in flight.
+    """
+
+    slot_bytes = 8 << 20
 
     def __init__(self, layout: KVLayout) -> None:
         self._regions = layout.regions
         self._num_blocks = layout.num_blocks
 
-    def fence(self) -> None:
-        """The CPU engine's forward pass is over when it returns."""
+    def layer_done(self, layer_name: str) -> None: ...
 
-    def gather(self, address: int, items: Items) -> int:
+    def fence(self) -> Fence:
+        return Fence()
+
+    def quiesce(self) -> None: ...
+
+    def passes(self) -> Ticket:
+        return Ticket(0, done=True)
+
+    def capacity(self, slot_bytes: int, first_item: int) -> int:
+        used, items = 0, 0
+        while True:
+            used += self._regions[(first_item + items) % len(self._regions)].item_bytes
+            if used > slot_bytes:
+                return items
+            items += 1
+
+    def pin(self, address: int, size_bytes: int) -> None: ...
+
+    def unpin(self, address: int) -> None: ...
+
+    def gather(self, address: int, items: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - the pass is over
         return self._copy(address, items, to_staging=True)
 
-    def scatter(self, address: int, items: Items) -> int:
+    def scatter(self, address: int, items: Items) -> Ticket:
         return self._copy(address, items, to_staging=False)
 
-    def _copy(self, address: int, items: Items, *, to_staging: bool) -> int:
+    def _copy(self, address: int, items: Items, *, to_staging: bool) -> Ticket:
         cursor = address
         for block, layer in items:
             assert 0 <= block < self._num_blocks  # ids come from the scheduler; a stray write would corrupt others
@@ -50,15 +99,19 @@ class HostCopier:
                 else:
                     ctypes.memmove(start + offset, cursor, region.piece_bytes)
                 cursor += region.piece_bytes
-        return cursor - address
+        return Ticket(cursor - address, done=True)
+
+    def poll(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
-def copier_for(layout: KVLayout, kv_caches: dict[str, Any]) -> Copier:
+def copier_for(layout: KVLayout, wake: Wake) -> Copier:
     """The copier for the memory the KV lies in. Raises ConfigError where there is none."""
     if layout.device == "cpu":
         return HostCopier(layout)
     if layout.device.startswith("cuda"):
-        from twolane.connector.transport.cuda_copier import CudaCopier  # noqa: PLC0415 - needs torch with CUDA
+        from twolane.connector.transport.cuda.copier import CudaCopier  # noqa: PLC0415 - needs torch with CUDA
 
-        return CudaCopier(layout, kv_caches)
-    raise ConfigError(f"KV caches on {layout.device}: transport shm moves KV of cpu and cuda only.")
+        return CudaCopier(layout, wake)
+    raise ConfigError(f"KV caches on {layout.device}: TwoLane moves KV of cpu and cuda only.")

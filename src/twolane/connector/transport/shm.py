@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
+from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Items
+from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.copier import Copier
 from twolane.errors import TransferError
 
@@ -34,18 +35,19 @@ class Arena(msgspec.Struct, frozen=True):
     nonce: bytes
 
 
-class ShmSender:
-    """P's half. Mutable state: `_owner`, which peer holds each slot."""
+class ShmSend:
+    """P's half. Mutable state: `_owner`, which channel holds each slot."""
+
+    name = "shm"
 
     def __init__(
         self, layout: KVLayout, copier: Copier, *, slot_bytes: int, num_slots: int, zero: bool = False
     ) -> None:
         page = mmap.PAGESIZE
-        self._layout = layout
         self._copier = copier
         self._zero = zero
-        self._slot_bytes = -(-max(slot_bytes, layout.max_item_bytes) // page) * page
-        self._owner: list[bytes | None] = [None] * num_slots
+        self._slot_bytes = -(-max(slot_bytes or copier.slot_bytes, layout.max_item_bytes) // page) * page
+        self._owner: list[ShmSendChannel | None] = [None] * num_slots
         self._peer_share = max(1, num_slots // 2)  # one hung D can't take the arena from the others
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._size = _HEADER_BYTES + num_slots * self._slot_bytes
@@ -54,72 +56,124 @@ class ShmSender:
         self._map = mmap.mmap(self._fd, self._size)
         self._map[:_NONCE_BYTES] = self._nonce
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        copier.pin(self._base, self._size)
 
-    def describe(self) -> dict[str, Any]:
-        return msgspec.structs.asdict(Arena(self._fd, self._size, self._slot_bytes, self._nonce))
+    def open(
+        self,
+        data: dict[str, Any],  # noqa: ARG002 - D has nothing to say
+        pid: int,  # noqa: ARG002 - D finds the arena, not the other way round
+        host: str,
+    ) -> tuple[ShmSendChannel, dict[str, Any]]:
+        if host != host_identity():
+            raise TransferError("the decode worker is on another host or in another PID namespace")
+        arena = Arena(self._fd, self._size, self._slot_bytes, self._nonce)
+        return ShmSendChannel(self), msgspec.structs.asdict(arena)
 
-    def acquire(self, peer: bytes) -> int | None:
-        if self._owner.count(peer) >= self._peer_share or None not in self._owner:
-            return None
-        slot = self._owner.index(None)
-        self._owner[slot] = peer
+    # -- of the channels
+
+    def acquire(self, channel: ShmSendChannel) -> int | None:
+        """A free slot, or None: all taken, or the peer's share is used up."""
+        slot = self.next_slot(channel)
+        if slot is not None:
+            self._owner[slot] = channel
         return slot
 
-    def release(self, slot: int, peer: bytes) -> None:
-        if 0 <= slot < len(self._owner) and self._owner[slot] == peer:
+    def next_slot(self, channel: ShmSendChannel) -> int | None:
+        if self._owner.count(channel) >= self._peer_share or None not in self._owner:
+            return None
+        return self._owner.index(None)
+
+    def release(self, slot: int, channel: ShmSendChannel) -> None:
+        if 0 <= slot < len(self._owner) and self._owner[slot] is channel:
             self._owner[slot] = None
 
-    def release_peer(self, peer: bytes) -> None:
-        self._owner = [None if owner == peer else owner for owner in self._owner]
+    def release_all(self, channel: ShmSendChannel) -> None:
+        self._owner = [None if owner is channel else owner for owner in self._owner]
 
     @property
     def free_slots(self) -> int:
         return self._owner.count(None)
 
     def capacity(self, first_item: int) -> int:
-        regions = self._layout.regions
-        used, items = 0, 0
-        while True:
-            used += regions[(first_item + items) % len(regions)].item_bytes
-            if used > self._slot_bytes:
-                return items
-            items += 1
+        return self._copier.capacity(self._slot_bytes, first_item)
 
-    def fence(self) -> None:
-        self._copier.fence()
-
-    def write(self, slot: int, items: Items) -> int:
+    def write(self, slot: int, items: Items, fence: Fence) -> Ticket:
         address = self._base + _HEADER_BYTES + slot * self._slot_bytes
-        size = self._copier.gather(address, items)
+        ticket = self._copier.gather(address, items, fence)
+        ticket.slot = slot
         if self._zero:
-            ctypes.memset(address, 0, size)
-        return size
+            ctypes.memset(address, 0, ticket.size_bytes)
+        return ticket
 
     def close(self) -> None:
         """Unmaps the arena here; a D that still maps it keeps its own view."""
-        self._base = 0
-        self._map.close()
-        os.close(self._fd)
+        if self._base:
+            self._copier.unpin(self._base)
+            self._base = 0
+            self._map.close()
+            os.close(self._fd)
 
 
-class ShmReceiver:
-    """D's half: maps the arena of one P.
+class ShmSendChannel:
+    """The slots that one D worker holds."""
 
-    Raises TransferError, with cause and remedy, where the arena can't be opened or isn't the one P spoke of.
-    """
+    def __init__(self, arena: ShmSend) -> None:
+        self._arena = arena
 
-    def __init__(self, layout: KVLayout, copier: Copier, pid: int, description: dict[str, Any]) -> None:
+    def room(self, first_item: int) -> int:
+        return 0 if self._arena.next_slot(self) is None else self._arena.capacity(first_item)
+
+    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
+        slot = self._arena.acquire(self)
+        assert slot is not None, "room said so"
+        return self._arena.write(slot, sources, fence)
+
+    def release(self, slot: int) -> None:
+        self._arena.release(slot, self)
+
+    def close(self) -> None:
+        self._arena.release_all(self)
+
+
+class ShmReceive:
+    """D's half: a ShmReceiveHalf for each P."""
+
+    def __init__(self, layout: KVLayout, copier: Copier) -> None:
         self._layout = layout
         self._copier = copier
+
+    def open(self) -> ShmReceiveHalf:
+        return ShmReceiveHalf(self._layout, self._copier)
+
+    def close(self) -> None: ...
+
+
+class ShmReceiveHalf:
+    """Maps the arena of one P."""
+
+    name = "shm"
+    direct = False
+
+    def __init__(self, layout: KVLayout, copier: Copier) -> None:
+        self._layout = layout
+        self._copier = copier
+        self._map: mmap.mmap | None = None
+        self._base = 0
+        self._size = 0
+        self._slot_bytes = 0
+
+    def offer(self) -> dict[str, Any]:
+        return {}
+
+    def attach(self, data: dict[str, Any], pid: int) -> None:
+        """Raises TransferError, with cause and remedy, where the arena can't be opened or isn't the one P spoke of."""
         try:
-            arena = msgspec.convert(description, Arena)
+            arena = msgspec.convert(data, Arena)
         except msgspec.ValidationError as error:
             raise TransferError(f"the prefill worker's description of its arena is not understood: {error}") from error
-        self._slot_bytes = arena.slot_bytes
-        self._size = arena.size_bytes
         path = f"/proc/{pid}/fd/{arena.fd}"
         try:
-            self._map = _map_file(path, self._size)
+            mapped = _map_file(path, arena.size_bytes)
         except OSError as error:
             raise TransferError(
                 f"can't map the prefill worker's shared memory {path}: {error.strerror}. Run both instances as the "
@@ -127,23 +181,34 @@ class ShmReceiver:
             ) from error
         except ValueError as error:
             raise TransferError(f"{path} is not the prefill worker's arena: {error}") from error
-        if self._map[:_NONCE_BYTES] != arena.nonce:
+        if mapped[:_NONCE_BYTES] != arena.nonce:
+            mapped.close()
             raise TransferError(f"{path} is not the prefill worker's arena: its nonce differs")
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._map, self._size, self._slot_bytes = mapped, arena.size_bytes, arena.slot_bytes
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        self._copier.pin(self._base, self._size)
 
-    def read(self, slot: int, items: Items) -> int:
+    def read(self, slot: int, items: Items) -> Ticket:
         offset = _HEADER_BYTES + slot * self._slot_bytes
         if slot < 0 or offset + self._slot_bytes > self._size:
             raise TransferError(f"slot {slot} lies outside the arena")
         if sum(self._layout.regions[layer].item_bytes for _, layer in items) > self._slot_bytes:
-            raise TransferError(f"a push of {len(items)} items is larger than its slot")
-        return self._copier.scatter(self._base + offset, items)
+            raise TransferError(f"a push of {items.count} items is larger than its slot")
+        ticket = self._copier.scatter(self._base + offset, items)
+        ticket.slot = slot
+        return ticket
+
+    def revoke(self) -> float:
+        return 0.0  # only D writes to D's memory
 
     def close(self) -> None:
-        """Unmaps the arena; idempotent. `read` must not be called afterwards."""
-        self._base = 0
-        # from_buffer's export ended with the temporary object, so the map can go at once.
-        self._map.close()
+        """Unmaps the arena; idempotent. No read may be in flight."""
+        if self._map is not None:
+            self._copier.unpin(self._base)
+            self._base = 0
+            # from_buffer's export ended with the temporary object, so the map can go at once.
+            self._map.close()
+            self._map = None
 
 
 def _map_file(path: str, size_bytes: int) -> mmap.mmap:

@@ -1,0 +1,394 @@
+"""D's half of the conversation: announces waiting blocks to P, and sees to it that what P sends lands in them.
+
+No socket, no thread, no clock: messages, deaths and the time come in as calls; messages go out through `Links`. The
+caller holds the agent's lock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from twolane.connector.agent import logger
+from twolane.connector.peer import Peer
+from twolane.connector.plan import Drop, Receive, StepPlan
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.stats import Counters
+from twolane.connector.trace import Trace
+from twolane.connector.transfer import Incoming, IncomingState, ItemRange
+from twolane.connector.transport.base import ReceiveTransports, Ticket
+from twolane.errors import TransferError
+from twolane.protocol import (
+    Abort,
+    Announce,
+    Cancel,
+    Credit,
+    Hello,
+    Identity,
+    KVFormat,
+    Pong,
+    Push,
+    Refused,
+    ToDecode,
+    ToPrefill,
+    Welcome,
+    rank_address,
+)
+
+
+class Links(Protocol):
+    """How messages reach P workers, and how the death of one is found out."""
+
+    def connect(self, address: str) -> None:
+        """Doesn't wait for the other side. Raises TransferError if that is no address."""
+        ...
+
+    def send(self, address: str, message: ToPrefill) -> None:
+        """Sends soon; never blocks, and says nothing if nobody is there."""
+        ...
+
+    def disconnect(self, address: str) -> None: ...
+
+    def watch(self, address: str, pid: int, host: str) -> None:
+        """From now on the death of this process is told. Raises ProcessLookupError if it is dead."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finished:
+    """For vLLM's scheduler: requests that no longer wait, and the blocks of theirs that hold nothing."""
+
+    req_ids: set[str]
+    invalid_block_ids: set[int]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A transfer that is announced once the forward passes launched before it are through."""
+
+    incoming: Incoming
+    passed: Ticket
+
+
+@dataclass(frozen=True)
+class Read:
+    """A copy from a slot that was begun."""
+
+    incoming: Incoming
+    peer: Peer
+    items: ItemRange
+    ticket: Ticket
+
+
+class DecodeSide:
+    """Mutable state: open transfers, what is over but not reported, peers, gates, reads, peers being revoked."""
+
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        me: Identity,
+        kv_format: KVFormat,
+        items_per_block: int,
+        rank: int,
+        transports: ReceiveTransports,
+        links: Links,
+        trace: Trace,
+    ) -> None:
+        self.counters = Counters()
+        self._settings = settings
+        self._me = me
+        self._format = kv_format
+        self._items_per_block = items_per_block
+        self._rank = rank
+        self._transports = transports
+        self._links = links
+        self._trace = trace
+        self._open: dict[str, Incoming] = {}
+        self._finished = Finished(set(), set())
+        self._peers: dict[str, Peer] = {}
+        self._gates: list[Gate] = []
+        self._reads: list[Read] = []
+        self._revoked: list[Peer] = []
+        self._landed: list[str] = []  # not reported yet
+        self._stepping: list[str] = []  # reported, not computed with yet
+
+    # -- what the engine says
+
+    def fence(self) -> Ticket:
+        """Engine's thread, before the forward pass of a step that has a plan; comes back with that plan."""
+        return self._transports.fence()
+
+    def begin_step(self, plan: StepPlan, gate: Ticket, now_s: float) -> None:
+        """A dropped transfer is reported as finished once nothing writes to its blocks."""
+        for drop in plan.drop:
+            self._drop(drop, now_s)
+        for receive in plan.receive:
+            self._receive(receive, gate, now_s)
+
+    def take_finished(self) -> Finished:
+        """What is over since the last call: each announced request exactly once, also a dropped one."""
+        finished, self._finished = self._finished, Finished(set(), set())
+        for transfer_id in self._landed:
+            self._trace.note(transfer_id, "reported")
+        self._stepping, self._landed = self._stepping + self._landed, []
+        return finished
+
+    def end_step(self) -> None:
+        """A forward pass was launched: for the benchmarks' trace alone."""
+        for transfer_id in self._stepping:
+            self._trace.note(transfer_id, "stepped")
+        self._stepping = []
+
+    def _receive(self, receive: Receive, gate: Ticket, now_s: float) -> None:
+        announce = Announce(
+            receive.transfer_id, receive.num_tokens, receive.first_block, receive.block_ids, receive.digest
+        )
+        address = rank_address(receive.prefill_address, self._rank)
+        incoming = Incoming(
+            receive.req_id, announce, address, self._items_per_block, self._format.block_size, progress_at_s=now_s
+        )
+        self._trace.note(receive.transfer_id, "allocated")
+        if receive.transfer_id in self._open:
+            incoming.fail("transfer_id used twice", now_s)
+            self._report(incoming)
+            return
+        self._open[receive.transfer_id] = incoming
+        self._gates.append(Gate(incoming, gate))
+
+    def _drop(self, drop: Drop, now_s: float) -> None:
+        incoming = self._open.get(drop.transfer_id)
+        if incoming is not None:
+            self._end(incoming, drop.reason, now_s, dropped=True)
+            return
+        address = rank_address(drop.prefill_address, self._rank)
+        if self._peer(address, now_s) is not None:
+            self._links.send(address, Cancel(drop.transfer_id, drop.reason))
+
+    # -- the end of a transfer
+
+    def _end(self, incoming: Incoming, reason: str, now_s: float, *, dropped: bool = False) -> None:
+        """Nobody wants it any more, or it can't be had. P is told; where P might still write, its answer is awaited."""
+        incoming.fail(reason, now_s, dropped=dropped)
+        announced_to = self._peers.get(incoming.address)
+        if announced_to and incoming.transfer_id in announced_to.transfers and not announced_to.channel.direct:
+            incoming.fence()
+        if self._peer(incoming.address, now_s) is not None:
+            self._links.send(incoming.address, Cancel(incoming.transfer_id, reason))
+        self._close_if_over(incoming)
+
+    def _close_if_over(self, incoming: Incoming) -> None:
+        if not incoming.is_over or self._open.get(incoming.transfer_id) is not incoming:
+            return
+        del self._open[incoming.transfer_id]
+        for peer in (*self._peers.values(), *self._revoked):
+            peer.transfers.discard(incoming.transfer_id)
+        self._report(incoming)
+
+    def _report(self, incoming: Incoming) -> None:
+        """To the engine: nothing writes to these blocks any more."""
+        self._finished.req_ids.add(incoming.req_id)
+        if incoming.state is IncomingState.LANDED:
+            self.counters.kv_received_transfers += 1
+            self._trace.note(incoming.transfer_id, "landed")
+            self._landed.append(incoming.transfer_id)
+        elif not incoming.is_dropped:
+            self._finished.invalid_block_ids.update(incoming.invalid_blocks())
+            self.counters.kv_receive_failures += 1
+            self.counters.kv_recomputed_tokens += incoming.num_tokens - incoming.landed_tokens
+            logger.warning(
+                "transfer failed, the prompt is computed here transfer_id=%s landed_tokens=%d of=%d reason=%r",
+                incoming.transfer_id,
+                incoming.landed_tokens,
+                incoming.num_tokens,
+                incoming.reason,
+            )
+        self.counters.kv_received_tokens += incoming.landed_tokens
+
+    # -- peers
+
+    def _peer(self, address: str, now_s: float) -> Peer | None:
+        """The P at this address, connected if it wasn't; None if that can't be an address."""
+        if address not in self._peers:
+            try:
+                self._links.connect(address)
+            except TransferError as error:
+                logger.error("no way to prefill instance: %s", error)
+                return None
+            channel = self._transports.open()
+            self._peers[address] = Peer(address, channel, now_s, now_s)
+            self._links.send(address, Hello(self._me, self._format, channel.offers))
+        return self._peers[address]
+
+    def _drop_peer(self, address: str, reason: str, now_s: float) -> None:
+        """Fails what waited for it; the next announce to this address connects anew."""
+        peer = self._peers.pop(address, None)
+        if peer is None:
+            return
+        self._links.disconnect(address)
+        peer.revoked_at_s = now_s + peer.channel.revoke()
+        self._revoked.append(peer)
+        for transfer_id in peer.transfers:
+            self._open[transfer_id].fail(reason, now_s)
+        self._finish_revoked(now_s)
+
+    def _finish_revoked(self, now_s: float) -> None:
+        """Peers that can't write any more: what they might have written to is free."""
+        for peer in [one for one in self._revoked if one.revoked_at_s <= now_s]:
+            for transfer_id in list(peer.transfers):
+                incoming = self._open[transfer_id]
+                incoming.fence()
+                self._close_if_over(incoming)
+            if not peer.transfers and not any(read.peer is peer for read in self._reads):
+                self._revoked.remove(peer)
+                peer.channel.close()
+
+    def on_peer_death(self, address: str, now_s: float) -> None:
+        self._drop_peer(address, f"prefill instance {address} died", now_s)
+
+    # -- what P workers say
+
+    def on_garbage(self, address: str, error: Exception, now_s: float) -> None:
+        """A frame that is none of our messages."""
+        self._drop_peer(address, f"prefill instance {address} not understood: {error}", now_s)
+
+    def on_message(self, address: str, message: ToDecode, now_s: float) -> None:
+        peer = self._peers.get(address)
+        if peer is None:
+            return
+        peer.last_word_s = now_s
+        match message:
+            case Push():
+                self._on_push(peer, message, now_s)
+            case Abort(transfer_id, reason):
+                self._on_abort(peer, transfer_id, reason, now_s)
+            case Welcome():
+                self._on_welcome(peer, message, now_s)
+            case Refused(reason):
+                self._drop_peer(address, f"prefill instance {address} refused: {reason}", now_s)
+            case Pong():
+                pass
+
+    def _on_welcome(self, peer: Peer, welcome: Welcome, now_s: float) -> None:
+        try:
+            peer.channel.attach(welcome.transport, welcome.me.pid)
+            self._links.watch(peer.address, welcome.me.pid, welcome.me.host)
+        except ProcessLookupError:
+            self._drop_peer(peer.address, f"prefill instance {peer.address} died", now_s)
+        except TransferError as error:
+            logger.error("no transport to prefill instance %s: %s", peer.address, error)
+            for transfer_id in peer.transfers:
+                self._links.send(peer.address, Cancel(transfer_id, str(error)))
+            self._drop_peer(peer.address, str(error), now_s)
+
+    def _on_abort(self, peer: Peer, transfer_id: str, reason: str, now_s: float) -> None:
+        incoming = self._open.get(transfer_id) if transfer_id in peer.transfers else None
+        if incoming is None:
+            return
+        incoming.fail(f"prefill instance: {reason}", now_s)
+        incoming.fence()
+        self._close_if_over(incoming)
+
+    def _on_push(self, peer: Peer, push: Push, now_s: float) -> None:
+        incoming = self._open.get(push.transfer_id) if push.transfer_id in peer.transfers else None
+        read = None
+        if incoming is not None and incoming.state is IncomingState.WAITING:
+            try:
+                read = self._begin_read(peer, incoming, push)
+            except TransferError as error:
+                # Messages were lost: what else is missing on this connection isn't known.
+                self._drop_peer(peer.address, str(error), now_s)
+                return
+        if read is not None:
+            self._reads.append(read)
+            self.settle(now_s)
+        elif push.slot is not None:
+            self._links.send(peer.address, Credit(push.slot))
+
+    def _begin_read(self, peer: Peer, incoming: Incoming, push: Push) -> Read:
+        items = ItemRange(push.first_item, push.num_items)
+        targets = incoming.targets(items)
+        ticket = Ticket(0, done=True) if push.slot is None else peer.channel.read(push.slot, targets)
+        incoming.begun(items)
+        return Read(incoming, peer, items, ticket)
+
+    # -- what time and the transports bring
+
+    def settle(self, now_s: float) -> None:
+        """Announces what may be announced, gives back the slots that were read, ends what is over."""
+        self._transports.poll()
+        gates, self._gates = self._gates, []
+        for gate in gates:
+            if gate.passed.done:
+                self._announce(gate.incoming, now_s)
+            else:
+                self._gates.append(gate)
+        reads, self._reads = self._reads, []
+        for read in reads:
+            if read.ticket.done:
+                self._on_read(read, now_s)
+            else:
+                self._reads.append(read)
+        self._finish_revoked(now_s)
+
+    def _announce(self, incoming: Incoming, now_s: float) -> None:
+        if incoming.state is not IncomingState.ALLOCATED:
+            return  # dropped meanwhile
+        peer = self._peer(incoming.address, now_s)
+        if peer is None:
+            incoming.fail(f"{incoming.address} is no address of a prefill instance", now_s)
+            self._close_if_over(incoming)
+            return
+        incoming.announced(now_s)
+        peer.transfers.add(incoming.transfer_id)
+        self._links.send(incoming.address, incoming.announce)
+        self._trace.note(incoming.transfer_id, "announce_sent")
+
+    def _on_read(self, read: Read, now_s: float) -> None:
+        if read.ticket.error:
+            read.incoming.broken()
+            self._end(read.incoming, read.ticket.error, now_s)
+        else:
+            self.counters.kv_received_bytes += self._size_bytes(read)
+            read.incoming.landed(read.items, now_s)
+        if read.ticket.slot is not None and self._peers.get(read.peer.address) is read.peer:
+            self._links.send(read.peer.address, Credit(read.ticket.slot))
+        self._close_if_over(read.incoming)
+
+    def _size_bytes(self, read: Read) -> int:
+        layers = self._format.regions
+        return sum(
+            layers[item % len(layers)][0] * layers[item % len(layers)][1]
+            for item in range(read.items.first, read.items.end)
+        )
+
+    def tick(self, now_s: float) -> None:
+        """Deadlines, and words to those who are silent."""
+        self._finish_revoked(now_s)
+        for peer in list(self._peers.values()):
+            waiting = [self._open[transfer_id] for transfer_id in peer.transfers]
+            if peer.is_silent(now_s, self._settings.peer_timeout_s):
+                reason = f"prefill instance {peer.address} silent for {self._settings.peer_timeout_s:g} s"
+                self._drop_peer(peer.address, reason, now_s)
+            elif any(one.stuck(now_s, self._settings.peer_timeout_s) for one in waiting):
+                self._drop_peer(peer.address, f"prefill instance {peer.address} doesn't answer a cancel", now_s)
+            elif ping := peer.ping(now_s, waiting):
+                for message in ping:
+                    self._links.send(peer.address, message)
+        for incoming in list(self._open.values()):
+            if incoming.overdue(now_s, self._settings.transfer_timeout_s):
+                self._end(incoming, f"no block came for {self._settings.transfer_timeout_s:g} s", now_s)
+
+    @property
+    def is_idle(self) -> bool:
+        """No transfer is open."""
+        return not self._open and not self._revoked and not any(peer.transfers for peer in self._peers.values())
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `tick` must be called at the latest, if sooner than usual."""
+        return min((peer.revoked_at_s for peer in self._revoked), default=None)
+
+    def close(self) -> None:
+        for peer in (*self._peers.values(), *self._revoked):
+            peer.channel.close()
+        self._transports.close()

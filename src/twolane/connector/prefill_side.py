@@ -1,0 +1,326 @@
+"""P's half of the conversation: offers the KV of its requests, pushes each finished chunk to the D that asked.
+
+No socket, no thread, no clock: messages, deaths and the time come in as calls; messages go out through `Links`. The
+caller holds the agent's lock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from twolane.connector.agent import logger
+from twolane.connector.offers import Offers
+from twolane.connector.plan import Advance, Finish, StepPlan
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.stats import Counters
+from twolane.connector.trace import Trace
+from twolane.connector.transfer import ItemRange, Outgoing
+from twolane.connector.transport.base import SendChannel, SendTransports, Ticket
+from twolane.errors import TransferError
+from twolane.protocol import (
+    Abort,
+    Announce,
+    Cancel,
+    Credit,
+    Hello,
+    Identity,
+    KVFormat,
+    Ping,
+    Pong,
+    Push,
+    Refused,
+    ToDecode,
+    ToPrefill,
+    Welcome,
+)
+
+
+class Links(Protocol):
+    """How messages reach D workers, and how the death of one is found out."""
+
+    def send(self, peer: bytes, message: ToDecode) -> None:
+        """Sends soon; never blocks, and says nothing if the peer is gone."""
+        ...
+
+    def watch(self, peer: bytes, pid: int, host: str) -> None:
+        """From now on the death of this process is told. Raises ProcessLookupError if it is dead."""
+        ...
+
+    def unwatch(self, peer: bytes) -> None: ...
+
+
+@dataclass
+class DecodePeer:
+    """A D worker that said Hello. `last_word_s` renews the lease of everything it announced."""
+
+    epoch: str
+    channel: SendChannel
+    last_word_s: float
+    lent: dict[int, float] = field(default_factory=dict)  # slot -> since when
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A push that was begun."""
+
+    outgoing: Outgoing
+    peer: bytes
+    items: ItemRange
+    ticket: Ticket
+
+
+class PrefillSide:
+    """Mutable state: the offers, the peers, pushes in flight, Aborts that wait for them."""
+
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        me: Identity,
+        kv_format: KVFormat,
+        items_per_block: int,
+        transports: SendTransports,
+        links: Links,
+        trace: Trace,
+    ) -> None:
+        self.counters = Counters()
+        self._settings = settings
+        self._me = me
+        self._format = kv_format
+        self._transports = transports
+        self._links = links
+        self._trace = trace
+        self._offers = Offers(kv_format.block_size, items_per_block, settings.lease_s)
+        self._peers: dict[bytes, DecodePeer] = {}
+        self._flights: list[Flight] = []
+        self._farewells: list[tuple[Outgoing, bytes, str]] = []  # (transfer, peer, reason): Abort once nothing flies
+        self._turn = 0
+
+    # -- what the engine says
+
+    def begin_step(self, plan: StepPlan, now_s: float) -> None:
+        """Before the forward pass. After it no block of a preempted request is read any more."""
+        for offer in plan.offer:
+            outgoing, early = self._offers.add(offer)
+            self._trace.note(offer.transfer_id, "offered")
+            if early is not None and outgoing.ended is None:
+                self._accept(outgoing, early.announce, early.peer)
+        for req_id in plan.preempted:
+            if preempted := self._offers.of_request(req_id):
+                if preempted.in_flight:
+                    self._transports.quiesce()
+                preempted.retract()
+        for finish in plan.finish:
+            self._finish(finish, now_s)
+
+    def layer_done(self, layer_name: str) -> None:
+        """The forward pass of this layer was launched: its KV can go ahead of the layers behind it."""
+        self._transports.layer_done(layer_name)
+
+    def end_step(self, advances: list[Advance]) -> None:
+        """After the forward pass (or its launch): the KV of these tokens is in P's blocks once the fence is passed."""
+        fence = self._transports.fence()
+        for advance in advances:
+            if outgoing := self._offers.of_request(advance.req_id):
+                outgoing.advance(
+                    advance.block_ids, fence, replace=advance.replace, num_valid_tokens=advance.num_valid_tokens
+                )
+                self._trace.note(outgoing.transfer_id, "launched")
+
+    def take_finished(self, finished_req_ids: set[str], now_s: float) -> set[str]:
+        """Requests whose blocks nobody reads any more; each once, and only after vLLM named it as finished."""
+        return self._offers.take_finished(finished_req_ids, now_s)
+
+    @property
+    def is_idle(self) -> bool:
+        """No transfer is open."""
+        return self._offers.is_empty and not self._flights
+
+    def _finish(self, finish: Finish, now_s: float) -> None:
+        outgoing = self._offers.of_request(finish.req_id)
+        if outgoing is None:
+            return
+        if finish.ok:
+            outgoing.computed(now_s)
+        else:
+            self._give_up(outgoing, "the prefill request ended early")
+
+    def _accept(self, outgoing: Outgoing, announce: Announce, peer: bytes) -> None:
+        try:
+            outgoing.accept(announce, peer)
+        except TransferError as error:
+            self._give_up(outgoing, str(error))
+            self._farewell(outgoing, peer, str(error))
+
+    def _give_up(self, outgoing: Outgoing, reason: str) -> None:
+        """Ends the transfer without success, and tells D if D waits for it."""
+        if outgoing.ended is not None:
+            return
+        outgoing.end(reason)
+        self.counters.kv_send_failures += 1
+        logger.warning("transfer given up transfer_id=%s reason=%r", outgoing.transfer_id, reason)
+        if outgoing.peer is not None:
+            self._farewell(outgoing, outgoing.peer, reason)
+
+    def _farewell(self, outgoing: Outgoing, peer: bytes, reason: str) -> None:
+        """Says Abort as soon as nothing of the transfer is in flight."""
+        self._farewells.append((outgoing, peer, reason))
+
+    # -- what D workers say
+
+    def on_message(self, peer: bytes, message: ToPrefill, now_s: float) -> None:
+        if isinstance(message, Hello):
+            self._on_hello(peer, message, now_s)
+            return
+        known = self._peers.get(peer)
+        if known is None:
+            self._links.send(peer, Refused("say hello first: this prefill instance doesn't know you"))
+            return
+        known.last_word_s = now_s
+        match message:
+            case Announce():
+                self._on_announce(peer, message, now_s)
+            case Credit(slot):
+                known.lent.pop(slot, None)
+                known.channel.release(slot)
+            case Cancel(transfer_id, reason):
+                self._on_cancel(peer, transfer_id, reason, now_s)
+            case Ping(waiting):
+                self._on_ping(peer, waiting)
+
+    def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> None:
+        if difference := hello.format.difference_from(self._format):
+            logger.error("decode instance refused: %s", difference)
+            self._links.send(peer, Refused(difference))
+            return
+        for old in [known for known, state in self._peers.items() if state.epoch == hello.me.epoch]:
+            self._drop_peer(old, "the decode worker connected anew")
+        try:
+            channel, chosen = self._transports.open(hello.transports, hello.me.pid, hello.me.host)
+            self._links.watch(peer, hello.me.pid, hello.me.host)
+        except TransferError as error:
+            logger.error("decode instance refused: %s", error)
+            self._links.send(peer, Refused(str(error)))
+            return
+        except ProcessLookupError:
+            channel.close()
+            return
+        self._peers[peer] = DecodePeer(hello.me.epoch, channel, now_s)
+        self._links.send(peer, Welcome(self._me, chosen))
+
+    def _on_announce(self, peer: bytes, announce: Announce, now_s: float) -> None:
+        self._trace.note(announce.transfer_id, "announced")
+        outgoing = self._offers.of_transfer(announce.transfer_id)
+        if outgoing is not None and outgoing.ended is None:
+            self._accept(outgoing, announce, peer)
+        elif outgoing is not None:
+            self._farewell(outgoing, peer, outgoing.ended or "already sent")
+        elif why := self._offers.why_gone(announce.transfer_id):
+            self._links.send(peer, Abort(announce.transfer_id, why))
+        else:
+            self._offers.announce_early(announce, peer, now_s)
+
+    def _on_cancel(self, peer: bytes, transfer_id: str, reason: str, now_s: float) -> None:
+        reason = f"cancelled by the decode instance: {reason}"
+        outgoing = self._offers.cancel(transfer_id, reason, now_s)
+        if outgoing is None or outgoing.peer not in (None, peer):
+            self._links.send(peer, Abort(transfer_id, reason))
+        else:
+            self._farewell(outgoing, peer, reason)
+
+    def _on_ping(self, peer: bytes, waiting: list[str]) -> None:
+        """Messages come in order, so what was sent before this answer has arrived or never will."""
+        for transfer_id in waiting:
+            if why := self._offers.why_not(transfer_id, peer):
+                self._links.send(peer, Abort(transfer_id, why))
+        self._links.send(peer, Pong())
+
+    def on_peer_death(self, peer: bytes) -> None:
+        self._drop_peer(peer, "the decode instance died")
+
+    def _drop_peer(self, peer: bytes, reason: str) -> None:
+        """The peer is told nothing more, and can't read its slots any more."""
+        gone = self._peers.pop(peer, None)
+        if gone is None:
+            return
+        self._links.unwatch(peer)
+        for outgoing in self._offers.forget_peer(peer):
+            self._give_up(outgoing, reason)
+        gone.channel.close()
+        self.settle()
+
+    # -- what time and the transports bring
+
+    def tick(self, now_s: float) -> None:
+        """Deadlines."""
+        for early in self._offers.expire(now_s):
+            self._links.send(early.peer, Abort(early.announce.transfer_id, "the prefill request never arrived"))
+        for outgoing in self._offers.all():
+            peer = self._peers.get(outgoing.peer) if outgoing.peer else None
+            if outgoing.lease_over(now_s, peer.last_word_s if peer else 0.0, self._settings.lease_s):
+                self.counters.kv_leases_expired += 1
+                self._give_up(outgoing, f"lease of {self._settings.lease_s:g} s ran out")
+        for address, peer in list(self._peers.items()):
+            if peer.lent and now_s - min(peer.lent.values()) > self._settings.peer_timeout_s:
+                reason = f"a slot was not given back for {self._settings.peer_timeout_s:g} s: connect anew"
+                self._links.send(address, Refused(reason))
+                self._drop_peer(address, reason)
+
+    def push_next(self, now_s: float) -> bool:
+        """Begins one push, of the transfer that waited longest: a long prompt doesn't hold up a short one. False when
+        there is nothing to send or no room for it."""
+        ready = [one for one in self._offers.all() if one.peer in self._peers and one.next_push(1)]
+        for outgoing in sorted(ready, key=lambda one: one.turn):
+            assert outgoing.peer is not None
+            peer = self._peers[outgoing.peer]
+            if room := peer.channel.room(outgoing.next_item):
+                self._push(outgoing, outgoing.peer, peer, room, now_s)
+                return True
+        return False
+
+    def _push(self, outgoing: Outgoing, address: bytes, peer: DecodePeer, room: int, now_s: float) -> None:
+        items = outgoing.next_push(room)
+        assert items is not None
+        ticket = peer.channel.push(outgoing.sources(items), outgoing.targets(items), outgoing.fence)
+        self._turn += 1
+        outgoing.turn = self._turn
+        outgoing.begun(items)
+        if ticket.slot is not None:
+            peer.lent[ticket.slot] = now_s
+        self._flights.append(Flight(outgoing, address, items, ticket))
+
+    def settle(self) -> None:
+        """Tells D of pushes that are done, and of transfers that are over."""
+        self._transports.poll()
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            if flight.ticket.done:
+                self._arrived(flight)
+            else:
+                self._flights.append(flight)
+        farewells, self._farewells = self._farewells, []
+        for outgoing, peer, reason in farewells:
+            if outgoing.in_flight:
+                self._farewells.append((outgoing, peer, reason))
+            elif peer in self._peers:
+                self._links.send(peer, Abort(outgoing.transfer_id, reason))
+
+    def _arrived(self, flight: Flight) -> None:
+        outgoing, items, ticket = flight.outgoing, flight.items, flight.ticket
+        failed = bool(ticket.error) or flight.peer not in self._peers
+        if failed:
+            self._give_up(outgoing, ticket.error or "the decode instance is gone")
+        else:
+            self.counters.kv_sent_bytes += ticket.size_bytes
+            self._links.send(flight.peer, Push(outgoing.transfer_id, items.first, items.count, ticket.slot))
+        was_open = outgoing.ended is None
+        outgoing.done()
+        if was_open and outgoing.ended == "":
+            self._trace.note(outgoing.transfer_id, "pushed")
+            self.counters.kv_sent_transfers += 1
+            self.counters.kv_sent_tokens += outgoing.num_tokens
+
+    def close(self) -> None:
+        for peer in self._peers.values():
+            peer.channel.close()
+        self._transports.close()

@@ -1,0 +1,307 @@
+"""GPU memory: follows the forward pass, moves blocks on streams of its own, and tells when a copy is through."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+
+from twolane.connector.layout import KVLayout
+from twolane.connector.transport.base import Fence, Items, Ticket, Wake
+from twolane.connector.transport.cuda import driver
+from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, dense_planes, permit_of, planes_of
+from twolane.errors import ConfigError
+
+Launch = Callable[[torch.Tensor, int, int], None]  # (block ids, first plane, number of planes), on the current stream
+
+_NUM_MARKS = 8  # how many times a forward pass is marked on its way through the layers
+_MIN_GROUP_BYTES = 4 << 20  # a launch of its own pays from here on
+
+
+@dataclass(frozen=True)
+class PassFence(Fence):
+    """Marks of one forward pass: once `events[i]` is over, the first `layers[i]` layers are computed."""
+
+    layers: tuple[int, ...]
+    events: tuple[torch.cuda.Event, ...]
+
+    def is_over(self) -> bool:
+        return bool(self.events[-1].query())
+
+
+@dataclass(eq=False)
+class Job:
+    """A ticket and what must happen on the GPU before it is done. Jobs of one `owner` are done in order."""
+
+    ticket: Ticket
+    owner: object
+    keeps: object  # what the GPU still reads
+    is_through: bool = False
+
+
+class Waiter:
+    """A thread that waits for events of one stream, one after the other, without holding the interpreter."""
+
+    def __init__(self, name: str, device: torch.device, wake: Wake) -> None:
+        self._device = device
+        self._wake = wake
+        self._queue: SimpleQueue[tuple[torch.cuda.Event, Job] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def add(self, event: torch.cuda.Event, job: Job) -> None:
+        self._queue.put((event, job))
+
+    def close(self, timeout_s: float) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        while (waiting := self._queue.get()) is not None:
+            event, job = waiting
+            try:
+                event.synchronize()
+            except RuntimeError as error:  # torch's CUDA errors: the context is lost, the engine will find out too
+                job.ticket.error = f"GPU copy failed: {error}"
+            job.is_through = True
+            self._wake()
+
+
+class Lane:
+    """A stream of copies with its waiter and, once slots are used, a dense buffer on the way to host memory."""
+
+    def __init__(self, name: str, device: torch.device, wake: Wake) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.waiter = Waiter(f"twolane-{name}", device, wake)
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self._dense: PlaneTable | None = None
+
+    def staging(self, planes: list[Plane], num_blocks: int) -> tuple[PlaneTable, int]:
+        """The dense buffer as a paged memory of at least that many blocks, and its address. On this lane's stream, so
+        that a buffer it replaces is kept until the copies before are through."""
+        size_bytes = num_blocks * sum(plane.size_bytes for plane in planes)
+        if self._dense is None or self._buffer.numel() < size_bytes:
+            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._buffer.device)
+            self._dense = PlaneTable(dense_planes(planes, self._buffer.data_ptr()), self._buffer.device)
+        return self._dense, self._buffer.data_ptr()
+
+    def finish(self, job: Job) -> torch.cuda.Event:
+        """Everything of the job is on the stream."""
+        event = torch.cuda.Event(blocking=True)
+        event.record(self.stream)
+        self.waiter.add(event, job)
+        return event
+
+    def close(self, timeout_s: float) -> None:
+        self.waiter.close(timeout_s)
+
+
+class CudaCopier:
+    """transport.copier.Copier for GPUs.
+
+    Mutable state: marks of the pass being launched (engine's thread), jobs in flight, the last copy's event of each
+    lane, a staging buffer (all: agent's thread under its lock). Two lanes: one follows the forward pass in flight, so
+    that it may wait; what is computed already takes the other and overtakes it.
+    """
+
+    slot_bytes = 32 << 20
+
+    def __init__(self, layout: KVLayout, wake: Wake) -> None:
+        self.device = torch.device(layout.device)
+        self.num_blocks = layout.num_blocks
+        driver.bind(self.device)
+        try:
+            self.planes = PlaneTable(planes_of(layout), self.device)
+        except ValueError as error:
+            raise ConfigError(f"{error}; TwoLane can't move it.") from error
+        self._layer_index = {region.name: index for index, region in enumerate(layout.regions)}
+        self._end_plane = list(
+            itertools.accumulate((len(region.piece_offsets) for region in layout.regions), initial=0)
+        )
+        self._mark_every = -(-len(layout.regions) // _NUM_MARKS)
+        self._marks: list[tuple[int, torch.cuda.Event]] = []
+        self.following = Lane("follow", self.device, wake)
+        self.overtaking = Lane("copy", self.device, wake)
+        self._jobs: list[Job] = []
+        self._endings: list[tuple[object, Callable[[], None]]] = []
+        self._last_copies: dict[Lane, torch.cuda.Event] = {}
+        self._block_bytes = sum(plane.size_bytes for plane in self.planes.planes)
+        self._always = permit_of(0, 0, self.device)
+        self._bound = threading.local()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Compiles the kernel, so that the first request doesn't pay for it."""
+        none = torch.zeros((2, 0), dtype=torch.int32, device=self.device)
+        copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1, permit=self._always)
+        torch.cuda.current_stream(self.device).synchronize()
+
+    # -- engine's thread
+
+    def layer_done(self, layer_name: str) -> None:
+        index = self._layer_index.get(layer_name)
+        if index == 0:
+            self._marks = []  # of a pass that never came to its end
+        if index is not None and (index + 1) % self._mark_every == 0 and index + 1 < len(self._layer_index):
+            self._marks.append((index + 1, self._event_now()))
+
+    def fence(self) -> Fence:
+        marks = [*self._marks, (len(self._layer_index), self._event_now())]
+        self._marks = []
+        return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
+
+    def quiesce(self) -> None:
+        for event in self._last_copies.values():
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def passes(self) -> Ticket:
+        ticket = Ticket(0)
+        job = Job(ticket, object(), None)
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self.device))
+        if event.query():
+            ticket.done = True
+        else:
+            self._jobs.append(job)
+            self.following.waiter.add(event, job)
+        return ticket
+
+    def _event_now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    # -- agent's thread
+
+    def bind(self) -> None:
+        """Makes the device current in the calling thread, once."""
+        if not getattr(self._bound, "done", False):
+            driver.bind(self.device)
+            self._bound.done = True
+
+    def copy(
+        self, owner: object, fence: Fence, sources: list[int], targets: list[int], ticket: Ticket, launch: Launch
+    ) -> None:
+        """Moves block `sources[i]` to block `targets[i]` by `launch`, a group of layers each time, behind its mark."""
+        self.bind()
+        lane = self._lane(fence)
+        with torch.cuda.stream(lane.stream):
+            block_ids = self._upload(sources, targets)
+            for first, end, event in self._groups(fence, len(sources)):
+                lane.stream.wait_event(event)
+                launch(block_ids, self._end_plane[first], self._end_plane[end] - self._end_plane[first])
+        self._begin(lane, owner, ticket, block_ids)
+
+    def _lane(self, fence: Fence) -> Lane:
+        assert isinstance(fence, PassFence)
+        return self.overtaking if fence.is_over() else self.following
+
+    def _groups(self, fence: Fence, num_blocks: int) -> list[tuple[int, int, torch.cuda.Event]]:
+        """(first layer, end layer, event) of each launch."""
+        assert isinstance(fence, PassFence)
+        num_layers = len(self._layer_index)
+        if fence.is_over():
+            return [(0, num_layers, fence.events[-1])]
+        groups, first = [], 0
+        for end, event in zip(fence.layers, fence.events, strict=True):
+            layer_bytes = self._block_bytes * num_blocks // num_layers
+            if end == num_layers or (end - first) * layer_bytes >= _MIN_GROUP_BYTES:
+                groups.append((first, end, event))
+                first = end
+        return groups
+
+    def _upload(self, sources: list[int], targets: list[int]) -> torch.Tensor:
+        assert len(sources) == len(targets)
+        host = torch.tensor([sources, targets], dtype=torch.int32).pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def _begin(self, lane: Lane, owner: object, ticket: Ticket, keeps: object) -> None:
+        job = Job(ticket, owner, keeps)
+        self._jobs.append(job)
+        self._last_copies[lane] = lane.finish(job)
+
+    def poll(self) -> None:
+        blocked: list[object] = []
+        waiting = []
+        for job in self._jobs:
+            if job.is_through and not any(owner is job.owner for owner in blocked):
+                job.ticket.done = True
+            else:
+                blocked.append(job.owner)
+                waiting.append(job)
+        self._jobs = waiting
+        endings, self._endings = self._endings, []
+        for owner, call in endings:
+            if any(job.owner is owner for job in self._jobs):
+                self._endings.append((owner, call))
+            else:
+                self.bind()
+                call()
+
+    def when_idle(self, owner: object, call: Callable[[], None]) -> None:
+        """Calls it as soon as no job of this owner is in flight: at once, or from `poll`."""
+        self._endings.append((owner, call))
+        self.poll()
+
+    # -- slots in host memory
+
+    def capacity(self, slot_bytes: int, first_item: int) -> int:
+        """Whole blocks only."""
+        num_layers = len(self._layer_index)
+        blocks = slot_bytes // self._block_bytes
+        if blocks == 0:
+            raise ConfigError(f"slot_bytes {slot_bytes} holds no block of {self._block_bytes} bytes: raise it.")
+        return blocks * num_layers - first_item % num_layers
+
+    def pin(self, address: int, size_bytes: int) -> None:
+        self.bind()
+        driver.pin(address, size_bytes)
+
+    def unpin(self, address: int) -> None:
+        self.bind()
+        driver.unpin(address)
+
+    def gather(self, address: int, items: Items, fence: Fence) -> Ticket:
+        assert items.is_whole
+        num_blocks = len(items.blocks)
+        ticket = Ticket(num_blocks * self._block_bytes)
+        self.bind()
+        lane = self._lane(fence)
+        with torch.cuda.stream(lane.stream):
+            dense, base = lane.staging(self.planes.planes, num_blocks)
+            block_ids = self._upload(items.blocks, list(range(num_blocks)))
+            lane.stream.wait_event(fence.events[-1])  # type: ignore[attr-defined]
+            self._launch_all(self.planes, dense, block_ids)
+            driver.copy_to_host(address, base, ticket.size_bytes, lane.stream)
+        self._begin(lane, self, ticket, block_ids)
+        return ticket
+
+    def scatter(self, address: int, items: Items) -> Ticket:
+        assert items.is_whole
+        num_blocks = len(items.blocks)
+        ticket = Ticket(num_blocks * self._block_bytes)
+        self.bind()
+        lane = self.overtaking
+        with torch.cuda.stream(lane.stream):
+            dense, base = lane.staging(self.planes.planes, num_blocks)
+            driver.copy_from_host(base, address, ticket.size_bytes, lane.stream)
+            block_ids = self._upload(list(range(num_blocks)), items.blocks)
+            self._launch_all(dense, self.planes, block_ids)
+        self._begin(lane, self, ticket, block_ids)
+        return ticket
+
+    def _launch_all(self, sources: PlaneTable, targets: PlaneTable, block_ids: torch.Tensor) -> None:
+        copy_blocks(sources, targets, block_ids, first_plane=0, num_planes=len(self.planes.planes), permit=self._always)
+
+    def close(self) -> None:
+        for lane in (self.following, self.overtaking):
+            lane.stream.synchronize()
+            lane.close(timeout_s=5.0)
+        for job in self._jobs:
+            job.is_through = True
+        self.poll()

@@ -1,0 +1,123 @@
+"""The one kernel of all GPU transports: copies blocks between two paged memories, layer by layer, in one launch.
+
+Source and target are tables of planes. A plane is one piece of one layer: block b of it lies at `base + b * stride`, in
+one run of `size` bytes. A dense buffer is such a memory too: its blocks are numbered from 0 and `stride` apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from twolane.connector.layout import KVLayout
+
+# Enough programs to fill an NVLink (measured, docs/GPU.md), few enough to leave most of the GPU to the forward pass.
+NUM_PROGRAMS = 64
+_TILE_WORDS = 2048  # 16 KiB a turn and program
+_NUM_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Plane:
+    base: int
+    stride_bytes: int
+    size_bytes: int
+
+
+class PlaneTable:
+    """Planes in device memory: int64 [planes, 3] of (base, stride in bytes, run in 16-byte units)."""
+
+    def __init__(self, planes: list[Plane], device: torch.device) -> None:
+        """Raises ValueError if a plane is not aligned to 16 bytes."""
+        for plane in planes:
+            if plane.base % 16 or plane.stride_bytes % 16 or plane.size_bytes % 16:
+                raise ValueError(f"KV memory is not aligned to 16 bytes: {plane}")
+        rows = [(plane.base, plane.stride_bytes, plane.size_bytes // 16) for plane in planes]
+        self.planes = planes
+        self.tensor = torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def planes_of(layout: KVLayout) -> list[Plane]:
+    """Layer by layer, the pieces of a layer in order."""
+    return [
+        Plane(region.base + offset, region.stride_bytes, region.piece_bytes)
+        for region in layout.regions
+        for offset in region.piece_offsets
+    ]
+
+
+def dense_planes(planes: list[Plane], base: int) -> list[Plane]:
+    """The same planes in a buffer at `base`, block after block."""
+    stride_bytes = sum(plane.size_bytes for plane in planes)
+    starts = itertools.accumulate((plane.size_bytes for plane in planes), initial=base)
+    return [Plane(start, stride_bytes, plane.size_bytes) for start, plane in zip(starts, planes, strict=False)]
+
+
+@triton.jit(do_not_specialize=["num_blocks", "first_plane", "num_planes"])  # type: ignore[untyped-decorator]
+def _copy(  # type: ignore[no-untyped-def]
+    sources,  # int64 [planes, 3]
+    targets,  # int64 [planes, 3]
+    block_ids,  # int32 [2, num_blocks]: of the source, of the target
+    num_blocks,
+    first_plane,
+    num_planes,
+    permit,  # int64 [2]: address of a word, 0 for none; and what it must hold
+    tile_words: tl.constexpr,
+):
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    word, value = tl.load(permit), tl.load(permit + 1)
+    if word != 0:
+        found = tl.load(word.to(tl.pointer_type(tl.int64)), volatile=True)
+    else:
+        found = value
+    if found == value:
+        for work in range(program, num_blocks * num_planes, num_programs):
+            row = (first_plane + work // num_blocks) * 3
+            block = work % num_blocks
+            source_block = tl.load(block_ids + block).to(tl.int64)
+            target_block = tl.load(block_ids + num_blocks + block).to(tl.int64)
+            source = tl.load(sources + row) + source_block * tl.load(sources + row + 1)
+            target = tl.load(targets + row) + target_block * tl.load(targets + row + 1)
+            source_words = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int64))
+            target_words = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
+            num_words = tl.load(sources + row + 2) * 2
+            for start in range(0, num_words, tile_words):
+                offsets = start + tl.arange(0, tile_words)
+                mask = offsets < num_words
+                tl.store(target_words + offsets, tl.load(source_words + offsets, mask=mask), mask=mask)
+
+
+def permit_of(address: int, value: int, device: torch.device) -> torch.Tensor:
+    """For copy_blocks: the copy is allowed while the 64-bit word at `address` holds `value`; address 0: always."""
+    return torch.tensor([address, value], dtype=torch.int64, device=device)
+
+
+def copy_blocks(
+    sources: PlaneTable,
+    targets: PlaneTable,
+    block_ids: torch.Tensor,  # int32 [2, num_blocks], device memory: source ids, target ids
+    *,
+    first_plane: int,
+    num_planes: int,
+    permit: torch.Tensor,
+    num_programs: int | None = None,
+) -> None:
+    """Enqueued on the current stream. `permit` (see permit_of): nothing is written unless the word at that address
+    holds the value when the kernel begins."""
+    num_blocks = block_ids.shape[1]
+    work = max(1, num_blocks * num_planes)
+    _copy[(min(work, num_programs or NUM_PROGRAMS),)](
+        sources.tensor,
+        targets.tensor,
+        block_ids,
+        num_blocks,
+        first_plane,
+        num_planes,
+        permit,
+        tile_words=_TILE_WORDS,
+        num_warps=_NUM_WARPS,
+    )

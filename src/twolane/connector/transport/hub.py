@@ -1,0 +1,135 @@
+"""All transports of one worker, and the choice among them at the handshake."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from twolane.connector.agent import logger
+from twolane.connector.transport.base import Items, ReceiveChannel, SendChannel, Ticket
+from twolane.connector.transport.copier import Copier
+from twolane.errors import TransferError
+from twolane.protocol import TransportOffer
+
+
+class SendWay(Protocol):
+    """One transport, P's half."""
+
+    name: str
+
+    def open(self, data: dict[str, Any], pid: int, host: str) -> tuple[SendChannel, dict[str, Any]]:
+        """A channel to the D worker that offered `data`, and what it needs to attach. Raises TransferError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ReceiveHalf(Protocol):
+    """One transport, D's half towards one P worker. See base.ReceiveChannel."""
+
+    name: str
+    direct: bool
+
+    def offer(self) -> dict[str, Any]: ...
+
+    def attach(self, data: dict[str, Any], pid: int) -> None: ...
+
+    def read(self, slot: int, items: Items) -> Ticket: ...
+
+    def revoke(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+class ReceiveWay(Protocol):
+    """One transport, D's half."""
+
+    def open(self) -> ReceiveHalf: ...
+
+    def close(self) -> None: ...
+
+
+class Senders:
+    """base.SendTransports over some ways; those the D worker names first are tried first."""
+
+    def __init__(self, copier: Copier, ways: list[SendWay]) -> None:
+        self._copier = copier
+        self._ways = {way.name: way for way in ways}
+        self.layer_done = copier.layer_done
+        self.fence = copier.fence
+        self.quiesce = copier.quiesce
+        self.poll = copier.poll
+
+    def open(self, offers: list[TransportOffer], pid: int, host: str) -> tuple[SendChannel, TransportOffer]:
+        reasons = []
+        for offer in offers:
+            if way := self._ways.get(offer.name):
+                try:
+                    channel, data = way.open(offer.data, pid, host)
+                except TransferError as error:
+                    reasons.append(f"{offer.name}: {error}")
+                    continue
+                for reason in reasons:
+                    logger.warning("transport not used %s; %s is", reason, offer.name)
+                return channel, TransportOffer(offer.name, data)
+        offered, had = ", ".join(offer.name for offer in offers), ", ".join(self._ways)
+        raise TransferError("; ".join(reasons) or f"no transport in common (decode: {offered}; prefill: {had})")
+
+    def close(self) -> None:
+        for way in self._ways.values():
+            way.close()
+        self._copier.close()
+
+
+class Channel:
+    """base.ReceiveChannel: one half a transport, until P has chosen."""
+
+    def __init__(self, halves: list[ReceiveHalf]) -> None:
+        self._halves = {half.name: half for half in halves}
+        self._chosen: ReceiveHalf | None = None
+
+    @property
+    def offers(self) -> list[TransportOffer]:
+        return [TransportOffer(half.name, half.offer()) for half in self._halves.values()]
+
+    @property
+    def direct(self) -> bool:
+        return any(half.direct for half in self._halves.values())
+
+    def attach(self, chosen: TransportOffer, pid: int) -> None:
+        half = self._halves.get(chosen.name)
+        if half is None:
+            raise TransferError(f"the prefill worker chose {chosen.name!r}, which was not offered")
+        half.attach(chosen.data, pid)
+        for other in [name for name in self._halves if name != chosen.name]:
+            self._halves.pop(other).close()
+        self._chosen = half
+
+    def read(self, slot: int, items: Items) -> Ticket:
+        if self._chosen is None:
+            raise TransferError("a push came before the handshake")
+        return self._chosen.read(slot, items)
+
+    def revoke(self) -> float:
+        return max(half.revoke() for half in self._halves.values())
+
+    def close(self) -> None:
+        for half in self._halves.values():
+            half.close()
+
+
+class Receivers:
+    """base.ReceiveTransports over some ways, best first."""
+
+    def __init__(self, copier: Copier, ways: list[ReceiveWay]) -> None:
+        self._copier = copier
+        self._ways = ways
+        self.fence = copier.passes
+        self.poll = copier.poll
+
+    def open(self) -> ReceiveChannel:
+        return Channel([way.open() for way in self._ways])
+
+    def close(self) -> None:
+        for way in self._ways:
+            way.close()
+        self._copier.close()

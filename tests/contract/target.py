@@ -1,0 +1,157 @@
+"""D's end of a transport in a process of its own: CUDA maps no memory of the process that made it."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twolane.connector.layout import layout_of
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.transport.base import Items, ReceiveChannel, Ticket
+from twolane.connector.transport.hub import Receivers
+from twolane.connector.transport.select import receivers_for
+from twolane.protocol import TransportOffer
+
+NUM_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the KV memory of a test looks like. `lay` says which dimension counts blocks."""
+
+    shape: tuple[int, ...]
+    device: str
+    transport: str
+    layers: int = 3
+
+    def make(self, *, fill: bool) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(7)
+        make = torch.randn if fill else torch.zeros
+        kwargs = {"generator": generator} if fill else {}
+        return {
+            f"layer.{i}": make(*self.shape, **kwargs).to(torch.bfloat16).to(self.device) for i in range(self.layers)
+        }
+
+    def settings(self) -> ConnectorSettings:
+        return ConnectorSettings(transport=self.transport, slot_bytes=1 << 16, num_slots=4)  # type: ignore[arg-type]
+
+
+def no_wake() -> None:
+    """These tests poll."""
+
+
+def footprint() -> tuple[int, int, int]:
+    """(descriptors, mappings of arenas, free GPU memory in MiB) of this process."""
+    gc.collect()
+    free_mib = torch.cuda.mem_get_info()[0] >> 20 if torch.cuda.is_initialized() else 0
+    arenas = Path("/proc/self/maps").read_text().count("twolane-kv")
+    return len(list(Path("/proc/self/fd").iterdir())), arenas, free_mib
+
+
+class Session:
+    """The child's side: does what the test asks, one call after the other."""
+
+    def __init__(self) -> None:
+        self._kv: dict[str, torch.Tensor] = {}
+        self._receivers: Receivers | None = None
+        self._channels: list[ReceiveChannel] = []
+
+    def make(self, memory: Memory) -> int:
+        self._kv = memory.make(fill=False)
+        self._receivers = receivers_for(layout_of(self._kv, NUM_BLOCKS), memory.settings(), no_wake)
+        return os.getpid()
+
+    def open(self) -> tuple[int, list[TransportOffer]]:
+        assert self._receivers is not None
+        self._channels.append(self._receivers.open())
+        return len(self._channels) - 1, self._channels[-1].offers
+
+    def attach(self, channel: int, chosen: TransportOffer, pid: int) -> bool:
+        self._channels[channel].attach(chosen, pid)
+        return self._channels[channel].direct
+
+    def read(self, channel: int, slot: int, items: Items) -> int:
+        return self._wait(self._channels[channel].read(slot, items)).size_bytes
+
+    def _wait(self, ticket: Ticket) -> Ticket:
+        assert self._receivers is not None
+        deadline_s = time.monotonic() + 10
+        while not ticket.done:
+            assert time.monotonic() < deadline_s
+            self._receivers.poll()
+            time.sleep(0.001)
+        assert not ticket.error
+        return ticket
+
+    def revoke(self, channel: int) -> float:
+        return self._channels[channel].revoke()
+
+    def close(self, channel: int) -> None:
+        self._channels[channel].close()
+
+    def contents(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.cpu().clone() for name, tensor in self._kv.items()}
+
+    def footprint(self) -> tuple[int, int, int]:
+        return footprint()
+
+    def end(self) -> None:
+        if self._receivers is not None:
+            for channel in self._channels:
+                channel.close()
+            self._receivers.close()
+        self._channels, self._receivers, self._kv = [], None, {}
+
+
+def _serve(pipe: Connection) -> None:
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    session = Session()
+    while True:
+        call = pipe.recv()
+        if call is None:
+            return
+        name, args = call
+        try:
+            pipe.send((getattr(session, name)(*args), None))
+        except Exception as error:  # noqa: BLE001 - passed on to the test
+            pipe.send((None, error))
+
+
+class TargetProcess:
+    """The test's side: every call goes to the child's Session."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Any:
+            self._pipe.send((name, args))
+            assert self._pipe.poll(60), f"{name} hangs"
+            result, error = self._pipe.recv()
+            if error is not None:
+                raise error
+            return result
+
+        return call
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def stop(self) -> None:
+        self._pipe.send(None)
+        self._process.join(10)
+        self._process.kill()
+        self._pipe.close()
