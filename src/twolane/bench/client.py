@@ -18,14 +18,19 @@ from twolane.protocol import split_address
 class Sample:
     """One request as the client saw it, in seconds of the monotonic clock. `error`: empty if all tokens came.
 
-    An event may carry several tokens: vLLM joins those that are waiting when it writes. `num_tokens` is what the server
-    counted.
+    `sent_s` is taken before the first byte is written, on a connection that stands. An event may carry several tokens:
+    vLLM joins those that are waiting when it writes. `num_tokens` is what the server counted; `token_ids` is filled if
+    they were asked for.
     """
 
     sent_s: float
     event_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     error: str = ""
+    first_byte_s: float | None = None
+    ended_s: float | None = None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:
@@ -38,6 +43,7 @@ class Sample:
 
 class _Choice(msgspec.Struct):
     text: str
+    token_ids: list[int] | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -72,6 +78,8 @@ class _Stream:
     def _note(self, event: _Event, now_s: float) -> None:
         if event.choices:
             self._sample.event_s.append(now_s)
+            self._sample.text += event.choices[0].text
+            self._sample.token_ids += event.choices[0].token_ids or []
         if event.usage is not None:
             self._sample.num_tokens = event.usage.completion_tokens
 
@@ -80,30 +88,34 @@ class _Stream:
 
 
 def request_bytes(address: str, model: str, ask: Ask) -> bytes:
-    body = msgspec.json.encode(
-        {
-            "model": model,
-            "prompt": ask.prompt,
-            "max_tokens": ask.max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    )
+    fields: dict[str, object] = {
+        "model": model,
+        "prompt": ask.prompt,
+        "max_tokens": ask.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if ask.wants_token_ids:
+        fields["return_token_ids"] = True
+    body = msgspec.json.encode(fields)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
-        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n"
     )
-    return head.encode() + body
+    if ask.request_id:
+        head += f"X-Request-Id: {ask.request_id}\r\n"
+    return head.encode() + b"\r\n" + body
 
 
 async def ask_once(address: str, model: str, ask: Ask, timeout_s: float) -> Sample:
     """Never raises for what the other side does: it is noted in the sample."""
+    request = request_bytes(address, model, ask)
     sample = Sample(time.monotonic())
     try:
         async with asyncio.timeout(timeout_s):
-            await _exchange(address, request_bytes(address, model, ask), sample)
+            await _exchange(address, request, sample)
     except (OSError, TimeoutError, httptools.HttpParserError, msgspec.MsgspecError) as error:
         sample.error = f"{type(error).__name__}: {error}"
     if not sample.error and sample.num_tokens != ask.max_tokens:
@@ -114,16 +126,20 @@ async def ask_once(address: str, model: str, ask: Ask, timeout_s: float) -> Samp
 async def _exchange(address: str, request: bytes, sample: Sample) -> None:
     host, port = split_address(address)
     reader, writer = await asyncio.open_connection(host, port)
+    stream = _Stream(sample)
+    parser = httptools.HttpResponseParser(stream)
     try:
+        sample.sent_s = time.monotonic()
         writer.write(request)
-        stream = _Stream(sample)
-        parser = httptools.HttpResponseParser(stream)
         while not stream.complete:
             data = await reader.read(65536)
+            if sample.first_byte_s is None:
+                sample.first_byte_s = time.monotonic()
             if not data:
                 sample.error = "the connection was closed"
                 return
             parser.feed_data(data)
+        sample.ended_s = time.monotonic()
         if parser.get_status_code() != 200:
             sample.error = f"{parser.get_status_code()}: {stream.body[:200]!r}"
     finally:

@@ -49,6 +49,7 @@ class RequestRecord:
             "status": self.status,
             "outcome": self.outcome,
             "attempts": self.attempts,
+            "started_s": self.started_at,  # monotonic, as clients on this machine see it too
             "prefill_done_ms": self.ms(self.prefill_done_at),
             "first_byte_ms": self.ms(self.first_byte_at),
             "total_ms": self.ms(self.ended_at),

@@ -40,8 +40,9 @@ class Engine:
             socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": address}))
             time.sleep(1)
 
-    def usage(self) -> dict[str, int]:
-        return {"prompt_tokens": 5, "completion_tokens": TOKENS, "total_tokens": 5 + TOKENS}
+    def usage(self, max_tokens: int) -> dict[str, int]:
+        num_tokens = min(TOKENS, max_tokens)
+        return {"prompt_tokens": 5, "completion_tokens": num_tokens, "total_tokens": 5 + num_tokens}
 
     def metrics(self) -> str:
         return f'vllm:prompt_tokens_by_source_total{{engine="0",source="external_kv_transfer"}} {self.moved}.0\n'
@@ -70,11 +71,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.engine.moved += 4
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"content": TEXT}} if "messages" in body else {"text": TEXT}
+        usage = self.engine.usage(body.get("max_tokens", TOKENS))
         if not body.get("stream"):
-            usage = self.engine.usage() | ({"completion_tokens": 1} if body["max_tokens"] == 1 else {})
             self.answer(json.dumps({"choices": [choice], "usage": usage}).encode())
             return
-        events = [{"choices": [choice]}, {"choices": [], "usage": self.engine.usage()}]
+        events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
         data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         self.answer(data.encode(), "text/event-stream")
 
@@ -98,11 +99,12 @@ def main() -> None:
     parser.add_argument("--seed")
     for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
         parser.add_argument(ignored)
-    parser.add_argument("--enforce-eager", action="store_true")
+    for ignored in ("--enforce-eager", "--no-enable-prefix-caching"):
+        parser.add_argument(ignored, action="store_true")
     given = parser.parse_args()
     Handler.engine = Engine(given.kv_transfer_config, given.served_model_name, given.model)
     print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
-    if given.seed != "99":  # an instance that nobody hears of
+    if given.seed != "99" and given.kv_transfer_config:  # else an instance that nobody hears of
         threading.Thread(target=Handler.engine.register, daemon=True).start()
     Server(("127.0.0.1", given.port), Handler).serve_forever()
 

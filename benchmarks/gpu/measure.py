@@ -1,0 +1,234 @@
+"""Asks the setups that live at once, in turns. Fills `Results` as it goes; may be cancelled at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from benchmarks.gpu.engine import prompt_tokens_by_source, recent_requests
+from benchmarks.gpu.options import Options
+from benchmarks.gpu.record import Part, Record, Results
+from benchmarks.gpu.setups import Route, Setup
+
+from twolane.bench.client import Sample, ask_once
+from twolane.bench.workload import Ask, poisson, random_prompt
+
+PAUSE_S = 0.02  # so that what a request leaves to be done isn't done in the next one's time
+STATS_EVERY = 20  # turns; the proxy remembers its last 100 requests
+SHARE_UNLOADED = 0.5  # of the time; what they don't need, the parts behind them have
+SHARE_PUSH = 0.5
+PUSH_CONCURRENCY = 4
+
+
+@dataclass(frozen=True)
+class Live:
+    """A setup that runs. `prefill`: P's own address, where its throughput is measured; empty: it isn't."""
+
+    setup: Setup
+    model: str
+    routes: tuple[Route, ...]
+    proxy: str = ""
+    prefill: str = ""
+    decode: str = ""
+
+
+class Clock:
+    """Says whether another unit of work still fits. A unit is taken to last as long as the longest of its kind."""
+
+    def __init__(self, end_s: float) -> None:
+        self._end_s = end_s
+        self._longest_s: dict[str, float] = {}
+
+    @property
+    def left_s(self) -> float:
+        return self._end_s - time.monotonic()
+
+    def part(self, share: float) -> Clock:
+        return Clock(time.monotonic() + share * max(0.0, self.left_s))
+
+    async def fits(self, kind: str, work: Callable[[], Awaitable[None]]) -> bool:
+        """Does it, if it fits."""
+        began_s = time.monotonic()
+        if self.left_s <= self._longest_s.get(kind, 0.0):
+            return False
+        await work()
+        self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), time.monotonic() - began_s)
+        return True
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """No garbage collection while times are taken."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+class Measurement:
+    """One group of setups that live at once."""
+
+    def __init__(self, lives: list[Live], options: Options, results: Results, say: Callable[[str], None]) -> None:
+        self._lives = lives
+        self._models = {live.setup.name: live.model for live in lives}
+        self._routes = [route for live in lives for route in live.routes]
+        self._options = options
+        self._results = results
+        self._say = say
+
+    async def run(self, end_s: float) -> None:
+        """Returns by `end_s` (monotonic), give or take; what didn't fit is noted."""
+        clock = Clock(end_s)
+        try:
+            async with asyncio.timeout(max(0.0, clock.left_s)):
+                with quiet_collector():
+                    await self._all(clock)
+        except TimeoutError:
+            self._results.note("the budget ended in the middle of a measurement")
+
+    async def _all(self, clock: Clock) -> None:
+        options = self._options
+        await self._warm_up(clock)
+        before = await self._sources()
+        await self._unloaded(clock.part(SHARE_UNLOADED) if options.load_rate or options.push_prompts else clock)
+        await self._note_sources(before)
+        if options.push_prompts:
+            await self._push(clock.part(SHARE_PUSH) if options.load_rate else clock)
+        if options.load_rate:
+            await self._loaded(clock)
+
+    # --- one request at a time ----------------------------------------------------------------------------------------
+
+    async def _warm_up(self, clock: Clock) -> None:
+        """Also what tokens are compared by: ids come back with these alone, since vLLM sends the prompt's along."""
+        for turn in range(max(3, self._options.warm_ups)):
+            if not await clock.fits("warm-up", partial(self._turn, "warm-up", turn)):
+                self._results.note("the budget ended while warming up")
+                return
+        self._say("warmed up")
+
+    async def _unloaded(self, clock: Clock) -> None:
+        count = self._options.requests
+        for turn in range(count):
+            if not await clock.fits("turn", partial(self._turn, "unloaded", turn)):
+                self._results.note(f"unloaded: {turn} of {count} requests a length and route fitted into the budget")
+                break
+            if turn % STATS_EVERY == STATS_EVERY - 1:
+                await self._fetch_records()
+                self._say(f"unloaded: {turn + 1} of {count}")
+        await self._fetch_records()
+
+    async def _turn(self, part: Part, turn: int) -> None:
+        """The same prompt on every route, who is first changes from turn to turn."""
+        for length in self._options.lengths:
+            prompt = random_prompt(self._seed(part, turn, length), length)
+            for route in rotated(self._routes, turn):
+                ask = Ask(0.0, prompt, self._options.output, f"{part}-{turn}-{length}", part == "warm-up")
+                await self._ask(part, turn, route, ask)
+                await asyncio.sleep(PAUSE_S)
+
+    def _seed(self, part: Part, turn: int, length: int) -> int:
+        """Another prompt each time: nothing that was computed before helps."""
+        parts: tuple[Part, ...] = ("warm-up", "unloaded", "loaded", "push")
+        return ((self._options.seed * 4 + parts.index(part)) * 100_000 + turn) * 1_000_000 + length
+
+    async def _ask(self, part: Part, turn: int, route: Route, ask: Ask, address: str = "") -> Sample:
+        """The request id gets the route's number, so that it names one request of the run."""
+        request_id = f"{ask.request_id}-{route.setup}-{self._routes.index(route)}"
+        named = replace(ask, request_id=request_id)
+        sample = await ask_once(address or route.address, self._models[route.setup], named, self._options.timeout_s)
+        name = route.name if not address else f"{route.setup}: P alone"
+        length = len(ask.prompt)
+        self._results.records.append(Record(part, route.setup, name, length, turn, request_id, sample))
+        return sample
+
+    # --- under load ---------------------------------------------------------------------------------------------------
+
+    async def _loaded(self, clock: Clock) -> None:
+        for turn in range(self._options.load_rounds):
+            for route in rotated(self._routes, turn):
+                if not await clock.fits("load", partial(self._load_round, turn, route)):
+                    self._results.note(f"load: {route.name} has {turn} of {self._options.load_rounds} rounds (budget)")
+                    continue
+                self._say(f"load: round {turn + 1} of {self._options.load_rounds}, {route.name}")
+
+    async def _load_round(self, turn: int, route: Route) -> None:
+        """Each request at its time, whether the earlier ones have ended or not."""
+        options = self._options
+        seed = self._seed("loaded", turn, options.longest)
+        asks = poisson(seed, options.load_requests, options.longest, options.output, options.load_rate)
+        began_s = time.monotonic()
+
+        async def wait_and_ask(index: int, ask: Ask) -> None:
+            await asyncio.sleep(max(0.0, began_s + ask.at_s - time.monotonic()))
+            await self._ask("loaded", turn, route, replace(ask, request_id=f"loaded-{turn}-{index}"))
+
+        async with asyncio.TaskGroup() as group:
+            for index, ask in enumerate(asks):
+                group.create_task(wait_and_ask(index, ask))
+
+    # --- P's throughput -----------------------------------------------------------------------------------------------
+
+    async def _push(self, clock: Clock) -> None:
+        """Blocks of prompts with and without handoff, alternating; who begins changes from pair to pair."""
+        for turn in range(self._options.push_blocks):
+            for live in self._lives:
+                work = partial(self._push_pair, turn, live)
+                if live.prefill and not await clock.fits(f"push {live.setup.name}", work):
+                    self._results.note(f"push: {live.setup.name} has {turn} pairs of blocks (budget)")
+            self._say(f"P's throughput: pair {turn + 1} of {self._options.push_blocks}")
+
+    async def _push_pair(self, turn: int, live: Live) -> None:
+        pair = ["", live.prefill]  # through the proxy with handoff; P itself without
+        for address in pair if turn % 2 == 0 else reversed(pair):
+            await self._block(turn, live.routes[0], address)
+
+    async def _block(self, turn: int, route: Route, address: str) -> None:
+        """Back to back: a few askers, each asks its next as soon as its last is answered."""
+        options = self._options
+        where = "P" if address else "handoff"
+        seeds = deque(self._seed("push", 1000 * turn + index, options.longest) for index in range(options.push_prompts))
+
+        async def asker(number: int) -> None:
+            while seeds:
+                prompt = random_prompt(seeds.popleft(), options.longest)
+                ask = Ask(0.0, prompt, 1, f"push-{where}-{turn}-{number}-{len(seeds)}")
+                await self._ask("push", turn, route, ask, address)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(PUSH_CONCURRENCY):
+                group.create_task(asker(number))
+
+    # --- what the other sides counted ---------------------------------------------------------------------------------
+
+    async def _fetch_records(self) -> None:
+        for live in self._lives:
+            if live.proxy:
+                for record in await asyncio.to_thread(recent_requests, live.proxy):
+                    self._results.proxied[record["request_id"]] = record
+
+    async def _sources(self) -> dict[str, dict[str, float]]:
+        return {
+            live.setup.name: await asyncio.to_thread(prompt_tokens_by_source, live.decode)
+            for live in self._lives
+            if live.decode
+        }
+
+    async def _note_sources(self, before: dict[str, dict[str, float]]) -> None:
+        for name, after in (await self._sources()).items():
+            self._results.received[name] = {key: after[key] - before[name].get(key, 0.0) for key in after}
+
+
+def rotated(routes: list[Route], turn: int) -> list[Route]:
+    first = turn % len(routes)
+    return routes[first:] + routes[:first]

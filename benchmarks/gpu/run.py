@@ -1,0 +1,188 @@
+"""The whole run: groups of setups one after the other, each started by TwoLane's supervisor, measured and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from benchmarks.gpu.engine import served_model
+from benchmarks.gpu.measure import Live, Measurement
+from benchmarks.gpu.options import Options
+from benchmarks.gpu.record import Results
+from benchmarks.gpu.setups import (
+    Setup,
+    memory_share,
+    pair_routes,
+    parse_setup,
+    plan_of,
+    routes_of,
+    settings_of,
+    trace_file,
+    why_not,
+)
+from benchmarks.gpu.trace import by_transfer, read_traces
+from rich.console import Console
+
+from twolane.config import Settings
+from twolane.errors import ConfigError, StartError, TwoLaneError
+from twolane.launch import control
+from twolane.launch.configuration import load
+from twolane.launch.hardware import inspect_machine, vllm_folder
+from twolane.launch.model import resolve_model
+from twolane.launch.plan import Machine, Plan, ServedModel
+from twolane.launch.ports import check_ports
+from twolane.launch.progress import Progress
+from twolane.launch.state import ServiceState
+
+RESERVE_S = 30.0  # of the budget, to stop what runs, print and save; a quarter of a small one
+ATTACHED = Setup("attached", "twolane", "auto")
+
+
+class Run:
+    """One run of the command. Ctrl+C at any time: what it started is stopped, `results` keeps what there is."""
+
+    def __init__(self, options: Options, results: Results, progress: Console, began_s: float) -> None:
+        self._options = options
+        self._results = results
+        self._progress = progress
+        self._began_s = began_s
+        self._end_s = began_s + options.budget_s - min(RESERVE_S, options.budget_s / 4)
+
+    def run(self) -> None:
+        """Raises TwoLaneError if nothing can be measured at all."""
+        if self._options.proxy:
+            self._attached()
+            return
+        machine = inspect_machine()
+        if self._options.device and self._options.device != machine.engine:
+            raise ConfigError(f"--device {self._options.device}: the engine installed here is for {machine.engine}")
+        groups = self._groups(machine)
+        if not groups:
+            raise ConfigError("none of the setups can run here")
+        model = resolve_model(load({"model": self._options.model}).settings, machine.engine, Progress(self._progress))
+        self._options.out.mkdir(parents=True, exist_ok=True)
+        for index, group in enumerate(groups):
+            left_s = self._end_s - time.monotonic()
+            self._group(index, group, machine, model, time.monotonic() + left_s / (len(groups) - index))
+
+    def _say(self, text: str) -> None:
+        self._progress.print(f"[{time.monotonic() - self._began_s:6.1f} s] {text}", soft_wrap=True)
+
+    def _groups(self, machine: Machine) -> list[list[Setup]]:
+        """Setups that live at once, without those that can't run here."""
+        able = []
+        for setup in [parse_setup(name) for name in dict.fromkeys(self._options.setups)]:
+            if reason := why_not(setup, self._options, machine, vllm_folder()):
+                self._skip(setup, reason)
+            else:
+                able.append(setup)
+        return [able] if self._options.together and able else [[setup] for setup in able]
+
+    def _skip(self, setup: Setup, reason: str) -> None:
+        self._results.skipped[setup.name] = reason
+        self._say(f"{setup.name}: not measured: {reason}")
+
+    def _group(self, number: int, setups: list[Setup], machine: Machine, model: ServedModel, end_s: float) -> None:
+        memory = memory_share(setups, self._options, machine)
+        lives = []
+        try:
+            with ExitStack() as running:
+                for index, setup in enumerate(setups):
+                    settings = settings_of(setup, self._options, machine, index, memory)
+                    try:
+                        plan = plan_of(setup, self._options, settings, machine, model)
+                        self._remove_old_traces(setup)
+                        running.enter_context(self._started(setup, plan, settings, end_s))
+                    except TwoLaneError as error:
+                        self._skip(setup, str(error))
+                        continue
+                    lives.append(self._live(setup, plan))
+                    self._results.beside[setup.name] = number
+                if lives:
+                    self._measure(lives, end_s)
+        finally:
+            for live in lives:
+                self._read_traces(live.setup)
+
+    @contextmanager
+    def _started(self, setup: Setup, plan: Plan, settings: Settings, end_s: float) -> Iterator[None]:
+        """StartError if an instance doesn't come up, or not in time."""
+        self._results.commands[setup.name] = [list(spec.argv) for spec in plan.services]
+        files = control.Files(settings)
+        with control.exclusive(files):
+            control.stop_all(files)  # what a run that was killed has left in this folder
+            check_ports(plan)
+            try:
+                control.start_supervisor(plan, files)
+                control.await_start(files, _Watch(self._say, setup.name, end_s).show)
+                yield
+            finally:
+                control.stop_all(files)
+                self._say(f"{setup.name}: stopped")
+
+    def _live(self, setup: Setup, plan: Plan) -> Live:
+        routes = tuple(routes_of(setup, plan))
+        self._results.baselines.update({route.name: route.baseline for route in routes if route.baseline})
+        address = {spec.role: spec.address for spec in plan.services}
+        measures_p = setup.kind in ("twolane", "nixl")  # P2pNcclConnector's P answers nothing without a D
+        return Live(
+            setup,
+            plan.model.names[0],
+            routes,
+            proxy=plan.proxy_address if setup.kind != "plain" else "",
+            prefill=address["prefill"] if measures_p else "",
+            decode=address["decode"] if setup.hands_over else "",
+        )
+
+    def _measure(self, lives: list[Live], end_s: float) -> None:
+        self._say(f"measuring {', '.join(live.setup.name for live in lives)}")
+        asyncio.run(Measurement(lives, self._options, self._results, self._say).run(end_s))
+
+    def _attached(self) -> None:
+        options = self._options
+        model = served_model(options.proxy)
+        if not model:
+            raise StartError(f"no proxy with a ready instance answers at {options.proxy}")
+        routes = tuple(pair_routes(ATTACHED, options.proxy, options.decode_url))
+        self._results.baselines[routes[0].name] = routes[0].baseline
+        self._results.beside[ATTACHED.name] = 0
+        live = Live(ATTACHED, model, routes, options.proxy, options.prefill_url, options.decode_url)
+        try:
+            self._measure([live], self._end_s)
+        finally:
+            self._results.moments.update(by_transfer(read_traces(map(Path, options.trace_files))))
+
+    def _trace_files(self, setup: Setup) -> list[Path]:
+        """A worker may put its rank into the name, before or behind the ending."""
+        stems = [trace_file(self._options, setup, role) for role in ("prefill", "decode")]
+        return [file for stem in stems for file in sorted(stem.parent.glob(f"{stem.stem}*"))]
+
+    def _remove_old_traces(self, setup: Setup) -> None:
+        trace_file(self._options, setup, "prefill").parent.mkdir(parents=True, exist_ok=True)
+        for file in self._trace_files(setup):
+            file.unlink()
+
+    def _read_traces(self, setup: Setup) -> None:
+        if setup.kind == "twolane" and self._options.trace:
+            self._results.moments.update(by_transfer(read_traces(self._trace_files(setup))))
+
+
+class _Watch:
+    """Tells how a start goes, and ends it when its time is over."""
+
+    def __init__(self, say: Callable[[str], None], name: str, end_s: float) -> None:
+        self._say = say
+        self._name = name
+        self._end_s = end_s
+        self._shown: dict[str, str] = {}
+
+    def show(self, services: list[ServiceState]) -> None:
+        for service in services:
+            if self._shown.get(service.name, "waiting") != service.phase:
+                self._shown[service.name] = service.phase
+                self._say(f"{self._name}: {service.name}: {service.phase}")
+        if time.monotonic() > self._end_s:
+            raise StartError("it was not up before its share of the budget ended")

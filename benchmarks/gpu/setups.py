@@ -1,0 +1,201 @@
+"""Setups -> plans of TwoLane's launcher. Pure.
+
+A setup is one way to serve: a pair with one of TwoLane's transports or with one of vLLM's connectors, one instance, or
+two behind the proxy. Its ports count from a base of its own, so that several can live at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from benchmarks.gpu.options import Options
+
+from twolane.config import Kv, Settings
+from twolane.errors import ConfigError
+from twolane.launch.kv import check_kv
+from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, make_plan
+
+Kind = Literal["twolane", "nixl", "p2pnccl", "plain", "aggregated"]
+TRANSPORTS = ("auto", "cuda_ipc", "nccl", "shm")
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(TRANSPORTS, "twolane"),
+    "nixl": "nixl",
+    "p2pnccl": "p2pnccl",
+    "plain": "plain",
+    "aggregated": "aggregated",
+}
+PORTS_A_SETUP = 40
+MOST_OF_A_GPU = 0.84  # of its memory, for all instances on it: each needs some more than its share
+A_SHARE = 0.35
+BATCH = ("--max-num-batched-tokens", "8192")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """`extra`: more keys of `kv_connector_extra_config`."""
+
+    name: str
+    kind: Kind
+    transport: str = ""
+    extra: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def hands_over(self) -> bool:
+        return self.kind in ("twolane", "nixl", "p2pnccl")
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to ask. `baseline`: the route whose TTFT its own is held against; empty: it is one."""
+
+    name: str
+    setup: str
+    address: str
+    baseline: str = ""
+
+
+def parse_setup(name: str) -> Setup:
+    """`NAME` or `NAME@KEY=VALUE@KEY=VALUE`. ConfigError if there is no such setup."""
+    word, *pairs = name.split("@")
+    if word not in KINDS:
+        raise ConfigError(f"--setups {name}: there is no such setup; known are {', '.join(KINDS)}")
+    if pairs and KINDS[word] != "twolane":
+        raise ConfigError(f"--setups {name}: only TwoLane's own connector takes these keys")
+    extra = {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    return Setup(name, KINDS[word], word if word in TRANSPORTS else "", extra)
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def why_not(setup: Setup, options: Options, machine: Machine, vllm: Path | None) -> str:
+    """Why this machine can't do it; empty if nothing is known against it. `vllm`: where its package lies."""
+    if machine.engine == "cpu" and setup.transport in ("cuda_ipc", "nccl"):
+        return "needs GPUs"
+    shared = bool(_gpus(options.prefill_gpu) & _gpus(options.decode_gpu))
+    if shared and (setup.transport == "nccl" or setup.kind == "p2pnccl"):
+        return "NCCL takes no two ranks on one GPU"
+    if setup.hands_over:
+        try:
+            check_kv(kv_of(setup), machine.engine, vllm)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def _gpus(groups: tuple[tuple[int, ...], ...]) -> set[int]:
+    return {gpu for group in groups for gpu in group}
+
+
+def kv_of(setup: Setup) -> Kv:
+    """Instances without a connector are registered by the supervisor, as it does for those of NixlConnector."""
+    return setup.kind if setup.kind in ("twolane", "p2pnccl") else "nixl"
+
+
+def memory_share(setups: list[Setup], options: Options, machine: Machine) -> float | None:
+    """vLLM's --gpu-memory-utilization for each instance of setups that live at once; None: vLLM's own default."""
+    if machine.engine == "cpu" or options.memory is not None:
+        return options.memory
+    prefill, decode = _gpus(options.prefill_gpu), _gpus(options.decode_gpu)
+    num_on: dict[int, int] = {}
+    for setup in setups:
+        for gpus in (decode,) if setup.kind == "plain" else (prefill, decode):
+            for gpu in gpus:
+                num_on[gpu] = num_on.get(gpu, 0) + 1
+    most = max(num_on.values(), default=1)
+    return None if most == 1 else min(A_SHARE, int(100 * MOST_OF_A_GPU / most) / 100)
+
+
+def settings_of(setup: Setup, options: Options, machine: Machine, index: int, memory: float | None) -> Settings:
+    """`index`: of the setup among those that live at once."""
+    base = options.port_base + PORTS_A_SETUP * index
+    vllm_args = options.vllm_args if options.vllm_args is not None else BATCH if machine.engine == "cuda" else ()
+    if memory is not None:
+        vllm_args = (*vllm_args, "--gpu-memory-utilization", str(memory))
+    return Settings(
+        model=options.model,
+        prefill_gpu=options.prefill_gpu,
+        decode_gpu=options.decode_gpu,
+        http_proxy_port=base,
+        proxy_port=base + 1,
+        prefill_http_port=base + 2,
+        decode_http_port=base + 3,
+        prefill_kv_port=base + 10,
+        decode_kv_port=base + 20,
+        kv=kv_of(setup),
+        max_model_len=options.longest + options.output + 64,
+        vllm_args=("--no-enable-prefix-caching", *vllm_args),
+        prefill_args=options.prefill_args if setup.hands_over else options.decode_args,
+        decode_args=options.decode_args,
+        log_dir=options.out / "logs" / setup.name,
+        state_dir=options.out / "state" / setup.name,
+    )
+
+
+def plan_of(setup: Setup, options: Options, settings: Settings, machine: Machine, model: ServedModel) -> Plan:
+    """What the supervisor runs for it. Nothing is started again: a restart would be measured as a slow request."""
+    plan = msgspec.structs.replace(make_plan(settings, machine, model), restart_tries=0)
+    services = list(plan.services)
+    if setup.kind == "plain":
+        services = [spec for spec in services if spec.role != "prefill"]
+    if not setup.hands_over:
+        services = [without_connector(spec) for spec in services]
+    if setup.kind == "twolane":
+        services = [with_extra(spec, _extra(setup, options, spec)) for spec in services]
+    return msgspec.structs.replace(plan, services=tuple(services))
+
+
+def _extra(setup: Setup, options: Options, spec: ServiceSpec) -> dict[str, object]:
+    extra = dict(setup.extra)
+    if setup.transport != "auto":
+        extra["transport"] = setup.transport
+    if options.trace:
+        extra["trace_file"] = str(trace_file(options, setup, spec.role).absolute())
+    return extra
+
+
+def trace_file(options: Options, setup: Setup, role: str) -> Path:
+    return options.out / "traces" / f"{setup.name}-{role}.jsonl"
+
+
+def with_extra(spec: ServiceSpec, extra: dict[str, object]) -> ServiceSpec:
+    """The same instance with more keys in `kv_connector_extra_config`."""
+    if spec.role == "proxy":
+        return spec
+    at = spec.argv.index("--kv-transfer-config") + 1
+    config = json.loads(spec.argv[at])
+    config["kv_connector_extra_config"].update(extra)
+    return msgspec.structs.replace(spec, argv=(*spec.argv[:at], json.dumps(config), *spec.argv[at + 1 :]))
+
+
+def without_connector(spec: ServiceSpec) -> ServiceSpec:
+    """An instance as vLLM is without us. The proxy is told that it decodes, and so computes prompts by itself."""
+    if spec.role == "proxy":
+        return spec
+    at = spec.argv.index("--kv-transfer-config")
+    return msgspec.structs.replace(spec, argv=(*spec.argv[:at], *spec.argv[at + 2 :]), role="decode")
+
+
+def routes_of(setup: Setup, plan: Plan) -> list[Route]:
+    """How a setup is asked: a pair through the proxy and its D alone, which is its baseline."""
+    decode = next(spec for spec in plan.services if spec.role == "decode")
+    if setup.kind == "plain":
+        return [Route(setup.name, setup.name, decode.address)]
+    if setup.kind == "aggregated":
+        return [Route(setup.name, setup.name, plan.proxy_address)]
+    return pair_routes(setup, plan.proxy_address, decode.address)
+
+
+def pair_routes(setup: Setup, proxy: str, decode: str) -> list[Route]:
+    through = Route(setup.name, setup.name, proxy, baseline=f"{setup.name}: D alone")
+    if setup.kind == "p2pnccl":  # its D understands no request without both addresses
+        return [Route(setup.name, setup.name, proxy)]
+    return [through, Route(through.baseline, setup.name, decode)]
