@@ -16,7 +16,8 @@ from abc import ABC, abstractmethod
 import zmq
 
 from twolane.connector.register import Registrar
-from twolane.connector.stats import Counters
+from twolane.connector.stats import Counters, Counts
+from twolane.protocol import Load
 
 # vLLM configures the logger "vllm" in its processes, nobody the root logger: only below "vllm" are we seen.
 logger = logging.getLogger("vllm.twolane")
@@ -35,7 +36,6 @@ class Agent(ABC):
         self.context = context
         self.poller = zmq.Poller()
         self._registrar = registrar
-        self._reported = Counters()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._fatal: BaseException | None = None
@@ -63,12 +63,16 @@ class Agent(ABC):
         if self._fatal is not None:
             raise RuntimeError("TwoLane's transfer thread died; this instance can't go on") from self._fatal
 
-    def take_counts(self) -> dict[str, int]:
-        """What was counted since the last call."""
+    def tell_load(self, load: Load | None) -> None:
+        """For the next registration, which comes the sooner the more it changed."""
+        if self._registrar is not None:
+            self._registrar.load = load
+
+    def take_counts(self) -> Counts:
+        """What was counted since the last call, without what didn't."""
         with self.lock:
-            delta = self.counters.since(self._reported)
-            self._reported = self.counters.copy()
-        return delta
+            taken, self.counters = self.counters, Counters()
+        return taken.nonzero()
 
     # -- agent thread
 

@@ -21,6 +21,7 @@ class Connection:
     last_word_s: float
     last_ping_s: float
     receiver: Receiver | None = None  # None until Welcome
+    is_same_host: bool = False  # P's CLOCK_MONOTONIC is ours
     transfers: set[str] = field(default_factory=set)  # that wait for this P
 
     @classmethod

@@ -15,6 +15,7 @@ from twolane.connector.host import host_identity, open_pidfd
 from twolane.connector.plan import Drop, Receive, StepPlan
 from twolane.connector.register import Registrar
 from twolane.connector.settings import ConnectorSettings
+from twolane.connector.stats import Cause
 from twolane.connector.transfer import Incoming, IncomingState, ItemRange
 from twolane.connector.transport.base import Receiver
 from twolane.errors import TransferError
@@ -108,7 +109,7 @@ class DecodeAgent(Agent):
         )
         if receive.transfer_id in self._open:
             incoming.fail("transfer_id used twice")
-            self._report(incoming)
+            self._report(incoming, Cause.DUPLICATE)
             return
         self._open[receive.transfer_id] = incoming
         announce = Announce(
@@ -119,37 +120,40 @@ class DecodeAgent(Agent):
     def _drop(self, drop: Drop) -> None:
         if incoming := self._open.pop(drop.transfer_id, None):
             self._finished.req_ids.add(incoming.req_id)
+            self.counters.receive_failed(Cause.CANCELLED)
         self._outbox.append((self._address(drop.prefill_address), Cancel(drop.transfer_id, drop.reason)))
 
     def _address(self, rank_0_address: str) -> str:
         return rank_address(rank_0_address, self._rank)
 
-    def _end(self, incoming: Incoming) -> None:
+    def _end(self, incoming: Incoming, cause: Cause | None) -> None:
         del self._open[incoming.transfer_id]
-        self._report(incoming)
+        self._report(incoming, cause)
 
-    def _report(self, incoming: Incoming) -> None:
+    def _report(self, incoming: Incoming, cause: Cause | None) -> None:
         """To the engine. The caller has made sure that nothing writes to these blocks any more."""
         self._finished.req_ids.add(incoming.req_id)
-        if incoming.state is IncomingState.LANDED:
+        if cause is None:
             self.counters.kv_received_transfers += 1
+            self.counters.kv_wait_seconds.append(incoming.progress_at_s - incoming.announced_at_s)
         else:
             self._finished.invalid_block_ids.update(incoming.invalid_blocks())
-            self.counters.kv_receive_failures += 1
+            self.counters.receive_failed(cause)
             wanted = incoming.num_tokens - incoming.first_block * self._block_size
             self.counters.kv_recomputed_tokens += wanted - incoming.landed_tokens
             logger.warning(
-                "transfer failed, the prompt is computed here transfer_id=%s landed_tokens=%d of=%d reason=%r",
+                "transfer failed, the prompt is computed here transfer_id=%s cause=%s landed_tokens=%d of=%d reason=%r",
                 incoming.transfer_id,
+                cause,
                 incoming.landed_tokens,
                 wanted,
                 incoming.reason,
             )
         self.counters.kv_received_tokens += incoming.landed_tokens
 
-    def _fail(self, incoming: Incoming, reason: str) -> None:
+    def _fail(self, incoming: Incoming, cause: Cause, reason: str) -> None:
         incoming.fail(reason)
-        self._end(incoming)
+        self._end(incoming, cause)
 
     # -- agent thread
 
@@ -161,11 +165,11 @@ class DecodeAgent(Agent):
             for peer in list(self._peers.values()):
                 if peer.is_silent(now_s, self._settings.peer_timeout_s):
                     reason = f"prefill instance {peer.address} silent for {self._settings.peer_timeout_s:g} s"
-                    self._drop_peer(peer.address, reason)
+                    self._drop_peer(peer.address, Cause.PEER_SILENT, reason)
             for incoming in list(self._open.values()):
                 if incoming.overdue(now_s, self._settings.transfer_timeout_s):
                     timeout_s = self._settings.transfer_timeout_s
-                    self._fail_and_tell(incoming, f"no block came for {timeout_s:g} s")
+                    self._fail_and_tell(incoming, Cause.TIMED_OUT, f"no block came for {timeout_s:g} s")
 
     def _post(self, address: str, message: ToPrefill, now_s: float) -> None:
         if isinstance(message, Announce) and message.transfer_id not in self._open:
@@ -174,7 +178,8 @@ class DecodeAgent(Agent):
             peer = self._peers.get(address) or self._connect(address, now_s)
         except zmq.ZMQError as error:
             if isinstance(message, Announce):
-                self._fail(self._open[message.transfer_id], f"can't connect to {address}: {error.strerror}")
+                reason = f"can't connect to {address}: {error.strerror}"
+                self._fail(self._open[message.transfer_id], Cause.UNREACHABLE, reason)
             return
         if isinstance(message, Announce):
             peer.transfers.add(message.transfer_id)
@@ -202,7 +207,7 @@ class DecodeAgent(Agent):
         try:
             message = decode_to_decode(frame)
         except msgspec.MsgspecError as error:
-            self._drop_peer(address, f"prefill instance {address} not understood: {error}")
+            self._drop_peer(address, Cause.PROTOCOL, f"prefill instance {address} not understood: {error}")
             return
         match message:
             case Push():
@@ -210,25 +215,26 @@ class DecodeAgent(Agent):
             case Abort(transfer_id, reason):
                 peer.transfers.discard(transfer_id)
                 if incoming := self._open.get(transfer_id):
-                    self._fail(incoming, f"prefill instance: {reason}")
+                    self._fail(incoming, Cause.ABORTED, f"prefill instance: {reason}")
             case Welcome():
                 self._on_welcome(address, peer, message)
             case Refused(reason):
-                self._drop_peer(address, f"prefill instance {address} refused: {reason}")
+                self._drop_peer(address, Cause.MISMATCH, f"prefill instance {address} refused: {reason}")
             case Pong():
                 pass
 
     def _on_welcome(self, address: str, peer: Connection, welcome: Welcome) -> None:
+        peer.is_same_host = welcome.host == self._hello.host
         try:
             self.watch_process(open_pidfd(welcome.pid, welcome.host), address)
             peer.receiver = self._make_receiver(welcome.pid, welcome.transport)
         except ProcessLookupError:
-            self._drop_peer(address, f"prefill instance {address} died")
+            self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died")
         except TransferError as error:
             logger.error("no transport to prefill instance %s: %s", address, error)
             for transfer_id in peer.transfers:
                 peer.send(Cancel(transfer_id, str(error)))
-            self._drop_peer(address, str(error))
+            self._drop_peer(address, Cause.UNREACHABLE, str(error))
 
     def _on_push(self, peer: Connection, push: Push) -> None:
         incoming = self._open.get(push.transfer_id)
@@ -236,7 +242,7 @@ class DecodeAgent(Agent):
             try:
                 self._land(peer, incoming, push)
             except TransferError as error:
-                self._fail_and_tell(incoming, str(error))
+                self._fail_and_tell(incoming, Cause.PROTOCOL, str(error))
         peer.send(Credit(push.slot))
 
     def _land(self, peer: Connection, incoming: Incoming, push: Push) -> None:
@@ -245,24 +251,29 @@ class DecodeAgent(Agent):
         if peer.receiver is None:
             raise TransferError("a push came before the handshake")
         self.counters.kv_received_bytes += peer.receiver.read(push.slot, targets)
+        is_first = incoming.next_item == 0
         incoming.landed(items, time.monotonic())
+        if is_first:
+            self.counters.kv_first_block_seconds.append(incoming.progress_at_s - incoming.announced_at_s)
         if incoming.state is IncomingState.LANDED:
             peer.transfers.discard(push.transfer_id)
-            self._end(incoming)
+            if peer.is_same_host and push.computed_at_s:
+                self.counters.kv_computed_to_landed_seconds.append(incoming.progress_at_s - push.computed_at_s)
+            self._end(incoming, None)
 
-    def _fail_and_tell(self, incoming: Incoming, reason: str) -> None:
+    def _fail_and_tell(self, incoming: Incoming, cause: Cause, reason: str) -> None:
         for peer in self._peers.values():
             if incoming.transfer_id in peer.transfers:
                 peer.transfers.discard(incoming.transfer_id)
                 peer.send(Cancel(incoming.transfer_id, reason))
-        self._fail(incoming, reason)
+        self._fail(incoming, cause, reason)
 
     def on_peer_death(self, peer: bytes | str) -> None:
         assert isinstance(peer, str)
         with self.lock:
-            self._drop_peer(peer, f"prefill instance {peer} died")
+            self._drop_peer(peer, Cause.PEER_DIED, f"prefill instance {peer} died")
 
-    def _drop_peer(self, address: str, reason: str) -> None:
+    def _drop_peer(self, address: str, cause: Cause, reason: str) -> None:
         """Fails what waited for it; the next announce to this address connects anew."""
         peer = self._peers.pop(address, None)
         if peer is None:
@@ -272,7 +283,7 @@ class DecodeAgent(Agent):
         peer.close()
         for transfer_id in peer.transfers:
             if incoming := self._open.get(transfer_id):
-                self._fail(incoming, reason)
+                self._fail(incoming, cause, reason)
 
     def close(self) -> None:
         for peer in self._peers.values():

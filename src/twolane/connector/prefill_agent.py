@@ -15,6 +15,7 @@ from twolane.connector.offers import Offers
 from twolane.connector.plan import Advance, Finish, StepPlan
 from twolane.connector.register import Registrar
 from twolane.connector.settings import ConnectorSettings
+from twolane.connector.stats import Cause
 from twolane.connector.transfer import Outgoing
 from twolane.connector.transport.base import Sender
 from twolane.errors import TransferError
@@ -82,7 +83,10 @@ class PrefillAgent(Agent):
         with self.lock:
             for offer in plan.offer:
                 outgoing, early = self._offers.add(offer)
-                if early is not None and outgoing.ended is None:
+                if outgoing.ended is not None:  # at once: the id is another's, or D has cancelled it
+                    is_first = self._offers.of_transfer(offer.transfer_id) is outgoing
+                    self.counters.send_failed(Cause.CANCELLED if is_first else Cause.DUPLICATE)
+                elif early is not None:
                     self._accept(outgoing, early.announce, early.peer)
             for req_id in plan.preempted:
                 if preempted := self._offers.of_request(req_id):
@@ -96,11 +100,13 @@ class PrefillAgent(Agent):
         """After the forward pass (or its launch): the KV of these tokens is in P's blocks once the fence is passed."""
         with self.lock:
             self._sender.fence()
+            now_s = time.monotonic()  # the fence is passed: the last layer is computed
             for advance in advances:
                 if outgoing := self._offers.of_request(advance.req_id):
                     outgoing.advance(
                         advance.block_ids, replace=advance.replace, num_valid_tokens=advance.num_valid_tokens
                     )
+                    outgoing.computed_at_s = now_s
         if advances:
             self.wake()
 
@@ -124,22 +130,22 @@ class PrefillAgent(Agent):
         if finish.ok:
             outgoing.computed(now_s)
         else:
-            self._give_up(outgoing, "the prefill request ended early")
+            self._give_up(outgoing, Cause.ENDED_EARLY, "the prefill request ended early")
 
     def _accept(self, outgoing: Outgoing, announce: Announce, peer: bytes) -> None:
         try:
             outgoing.accept(announce, peer)
         except TransferError as error:
             self._outbox.append((peer, Abort(announce.transfer_id, str(error))))
-            self._give_up(outgoing, str(error))
+            self._give_up(outgoing, Cause.MISMATCH, str(error))
 
-    def _give_up(self, outgoing: Outgoing, reason: str) -> None:
+    def _give_up(self, outgoing: Outgoing, cause: Cause, reason: str) -> None:
         """Ends the transfer without success, and tells D if D waits for it."""
         if outgoing.ended is not None:
             return
         outgoing.end(reason)
-        self.counters.kv_send_failures += 1
-        logger.warning("transfer given up transfer_id=%s reason=%r", outgoing.transfer_id, reason)
+        self.counters.send_failed(cause)
+        logger.warning("transfer given up transfer_id=%s cause=%s reason=%r", outgoing.transfer_id, cause, reason)
         if outgoing.peer is not None and outgoing.peer in self._peers:
             self._outbox.append((outgoing.peer, Abort(outgoing.transfer_id, reason)))
 
@@ -189,7 +195,7 @@ class PrefillAgent(Agent):
             self._outbox.append((peer, Refused(difference)))
             return
         for old in [known for known, state in self._peers.items() if state.epoch == hello.epoch]:
-            self._drop_peer(old, "the decode worker connected anew")
+            self._drop_peer(old, Cause.ABORTED, "the decode worker connected anew")
         try:
             self.watch_process(open_pidfd(hello.pid, hello.host), peer)
         except ProcessLookupError:
@@ -209,21 +215,24 @@ class PrefillAgent(Agent):
             self._outbox.append((peer, Abort(announce.transfer_id, why or "already sent")))
 
     def _on_cancel(self, transfer_id: str, reason: str) -> None:
+        outgoing = self._offers.of_transfer(transfer_id)
+        if outgoing is not None and outgoing.ended is None:
+            self.counters.send_failed(Cause.CANCELLED)
         self._offers.cancel(transfer_id, f"cancelled by the decode instance: {reason}", time.monotonic())
 
     def on_peer_death(self, peer: bytes | str) -> None:
         assert isinstance(peer, bytes)
         with self.lock:
-            self._drop_peer(peer, "the decode instance died")
+            self._drop_peer(peer, Cause.PEER_DIED, "the decode instance died")
 
-    def _drop_peer(self, peer: bytes, reason: str) -> None:
+    def _drop_peer(self, peer: bytes, cause: Cause, reason: str) -> None:
         """The peer can't read its slots any more."""
         if self._peers.pop(peer, None) is None:
             return
         self.unwatch_process(peer)
         self._sender.release_peer(peer)
         for outgoing in self._offers.forget_peer(peer):
-            self._give_up(outgoing, reason)
+            self._give_up(outgoing, cause, reason)
 
     def on_tick(self, now_s: float) -> None:
         with self.lock:
@@ -249,7 +258,9 @@ class PrefillAgent(Agent):
             if outgoing.ended == "":
                 self.counters.kv_sent_transfers += 1
                 self.counters.kv_sent_tokens += outgoing.num_tokens
-            self._outbox.append((outgoing.peer, Push(outgoing.transfer_id, push.first, push.count, slot)))
+                self.counters.kv_computed_to_sent_seconds.append(time.monotonic() - outgoing.computed_at_s)
+            message = Push(outgoing.transfer_id, push.first, push.count, slot, outgoing.computed_at_s)
+            self._outbox.append((outgoing.peer, message))
         self._flush()
         return True
 
@@ -260,7 +271,7 @@ class PrefillAgent(Agent):
             peer = self._peers.get(outgoing.peer) if outgoing.peer else None
             if outgoing.lease_over(now_s, peer.last_word_s if peer else 0.0, self._settings.lease_s):
                 self.counters.kv_leases_expired += 1
-                self._give_up(outgoing, f"lease of {self._settings.lease_s:g} s ran out")
+                self._give_up(outgoing, Cause.LEASE_EXPIRED, f"lease of {self._settings.lease_s:g} s ran out")
 
     def _flush(self) -> None:
         with self.lock:

@@ -44,6 +44,7 @@ class Outgoing:
     items_per_block: int
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
+    computed_at_s: float = 0.0  # the end of the last forward pass that computed some of the prompt
     announce: Announce | None = None
     peer: bytes | None = None  # whose announce it is
     next_item: int = 0
