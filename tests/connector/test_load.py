@@ -50,15 +50,15 @@ def test_a_request_waits_until_it_gets_blocks_and_runs_until_it_ends() -> None:
 def test_blocks_that_come_back_after_the_last_step_are_news() -> None:
     pool = BlockPool()
     load = meter(pool)
-    assert not load.has_news
+    assert not load.has_news()
     pool.num_free = 80
-    assert load.has_news
+    assert load.has_news()
     assert load.measure(step()) == Load(80, 99, 16, 0, 0)
-    assert not load.has_news
+    assert not load.has_news()
 
 
 def test_a_vllm_that_shows_no_pool_tells_nothing() -> None:
     load = LoadMeter(num_blocks=100, block_size=16)
     load.came("a")
     assert load.measure(step()) is None
-    assert not load.has_news
+    assert not load.has_news()

@@ -101,7 +101,7 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
 
     def has_pending_push_work(self) -> bool:
         """One more step for an idle engine, so that the workers hear of blocks that came back after the last one."""
-        return self._load.has_news
+        return self._load.has_news()
 
     def on_new_request(self, request: Request) -> None:
         assert self._scheduler is not None

@@ -48,7 +48,6 @@ class LoadMeter:
         self._told_free = self._pool.get_num_free_blocks()
         return Load(self._told_free, self._num_blocks, self._block_size, len(self._running), len(self._waiting))
 
-    @property
     def has_news(self) -> bool:
         """Blocks came back after the last step. An engine that has gone idle would never tell."""
         return self._pool is not None and self._pool.get_num_free_blocks() != self._told_free
