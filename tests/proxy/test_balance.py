@@ -94,6 +94,13 @@ def test_requests_of_others_count_and_ours_are_not_taken_for_theirs() -> None:
     assert choose([ours, theirs], 1) is theirs
 
 
+def test_among_equal_prefills_the_one_without_others_requests_is_chosen() -> None:
+    theirs, ours, d = instance("P", 1), instance("P", 2), instance("D", 3)
+    theirs.told(load(900, running=2), 0.0)
+    Ticket(ours, 1).give_back()  # has served more
+    assert Router(ProxySettings()).route([theirs, ours], [d], Tried(), Ask(num_tokens=10)) == Route(d, ours)
+
+
 def test_a_prefill_busy_with_others_requests_is_busy() -> None:
     p, d = instance("P", 1), instance("D", 2)
     p.told(load(900, running=1, waiting=3), 0.0)

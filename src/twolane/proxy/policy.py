@@ -82,9 +82,11 @@ class Router:
 
     def _choose(self, instances: Sequence[Instance], ask: Ask) -> Instance:
         """By the policy, among those that have room for the prompt, if any has."""
-        if len(instances) > 1:
-            instances = [i for i in instances if i.has_room(ask.num_tokens)] or instances
-        return self._pick(instances, ask.beginning)
+        chosen = self._pick(instances, ask.beginning)
+        if len(instances) == 1 or chosen.has_room(ask.num_tokens):
+            return chosen
+        roomy = [i for i in instances if i.has_room(ask.num_tokens)]
+        return self._pick(roomy, ask.beginning) if roomy else chosen
 
     def _why_alone(self, prefills: Sequence[Instance], tried: Tried, ask: Ask) -> str:
         if ask.alone_because:
@@ -113,8 +115,7 @@ def make_picker(policy: Policy) -> Picker:
 
 
 def least_loaded(instances: Sequence[Instance], _beginning: bytes = b"") -> Instance:
-    """P by prompt tokens in flight, D by requests in flight, ours and others'; among equals the one that has fewer of
-    others' requests, then the one that has served least."""
+    """P by prompt tokens in flight, D by requests, ours and others'; among equals the one that has served least."""
     return instances[0] if len(instances) == 1 else min(instances, key=_load_and_rank)
 
 
@@ -143,11 +144,12 @@ class RoundRobin:
 
 
 def _load(instance: Instance) -> int:
-    return instance.in_flight_tokens if instance.role == "P" else instance.in_flight + instance.num_foreign
+    """Others' requests at a P count as a token each: their prompts' length isn't known, but they tell among equals."""
+    return (instance.in_flight_tokens if instance.role == "P" else instance.in_flight) + instance.num_foreign
 
 
-def _load_and_rank(instance: Instance) -> tuple[int, int, int, str]:
-    return _load(instance), instance.num_foreign, instance.num_requests, instance.address
+def _load_and_rank(instance: Instance) -> tuple[int, int, str]:
+    return _load(instance), instance.num_requests, instance.address
 
 
 def _affinity(instance: Instance, beginning: bytes) -> bytes:

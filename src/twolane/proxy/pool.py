@@ -76,7 +76,7 @@ class Instance:
         if load.num_waiting and self.role == "D":
             return False
         free_tokens = load.free_blocks * load.block_size - self.claimed_tokens
-        return num_tokens <= min(free_tokens, load.num_blocks * load.block_size - self.in_flight_tokens)
+        return num_tokens <= free_tokens and num_tokens <= load.num_blocks * load.block_size - self.in_flight_tokens
 
     def told(self, load: Load | None, now: float) -> None:
         """Its requests beyond the most that we had there since its last word are others'. That errs on the low side, so
