@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import openai
+import psutil
 import pytest
 
 from tests.engine.conftest import make_prompts
@@ -97,7 +98,12 @@ def test_health_and_stats_know_both_lanes(stack: Stack) -> None:
     assert {role: instance["state"] for role, instance in instances.items()} == {"P": "ready", "D": "ready"}
 
 
-def test_stats_show_what_the_engines_hold(stack: Stack) -> None:
+def cpu_seconds(instance: Instance) -> float:
+    times = [psutil.Process(member.pid).cpu_times() for member in instance.child.look()]
+    return float(sum(t.user + t.system for t in times))
+
+
+def test_stats_show_what_the_engines_hold(stack: Stack, prefill: Instance, decode: Instance) -> None:
     """While a request runs, and that an idle engine's last word is that all of it came back."""
 
     def load(role: str) -> dict[str, int]:
@@ -121,6 +127,10 @@ def test_stats_show_what_the_engines_hold(stack: Stack) -> None:
             pass
     wait_for("both idle", lambda: is_idle("P") and is_idle("D"), 5)
     assert all(instance["foreign"] == 0 for instance in stack.stats()["instances"])
+    before_s = [cpu_seconds(instance) for instance in (prefill, decode)]
+    time.sleep(2)
+    after_s = [cpu_seconds(instance) for instance in (prefill, decode)]
+    assert max(after - before for after, before in zip(after_s, before_s, strict=True)) < 0.5, "it doesn't step on"
 
 
 def test_a_proxy_made_for_p2p_nccl_moves_the_kv_too(
