@@ -16,8 +16,12 @@ class BlockPool:
         return self.num_free
 
 
-def step(finished: set[str] | None = None, preempted: set[str] | None = None) -> Any:
-    return SimpleNamespace(finished_req_ids=finished or set(), preempted_req_ids=preempted)
+def step(
+    finished: set[str] | None = None, preempted: set[str] | None = None, scheduled: dict[str, int] | None = None
+) -> Any:
+    return SimpleNamespace(
+        finished_req_ids=finished or set(), preempted_req_ids=preempted, num_scheduled_tokens=scheduled or {}
+    )
 
 
 def meter(pool: Any) -> LoadMeter:
@@ -40,6 +44,9 @@ def test_a_request_waits_until_it_gets_blocks_and_runs_until_it_ends() -> None:
     assert counts(load.measure(step())) == (1, 1)
     load.got_blocks("a")  # a second time, when its KV has landed
     load.got_blocks("b")
+    assert counts(load.measure(step(preempted={"a"}))) == (1, 1)
+    load.got_blocks("a")
+    assert counts(load.measure(step(preempted={"a"}, scheduled={"a": 1, "b": 1}))) == (2, 0)
     assert counts(load.measure(step(preempted={"a"}))) == (1, 1)
     load.came("c")
     assert counts(load.measure(step(finished={"b", "c"}))) == (0, 1)  # c's client left while it waited

@@ -39,7 +39,8 @@ class LoadMeter:
 
     def measure(self, output: SchedulerOutput) -> Load | None:
         """For this step; None if vLLM never showed its block pool."""
-        preempted = self._running.intersection(output.preempted_req_ids or ())
+        # One that was preempted between two steps may run again in this one.
+        preempted = self._running.intersection(output.preempted_req_ids or ()).difference(output.num_scheduled_tokens)
         self._running -= preempted | output.finished_req_ids
         self._waiting |= preempted
         self._waiting -= output.finished_req_ids
