@@ -32,7 +32,8 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An instance says that it is there: every 3 s, from a DEALER whose identity is its `zmq_address`; no reply.
+    """An instance says that it is there: every 3 s (sooner when its load changed much), from a DEALER whose identity is
+    its `zmq_address`; no reply.
 
     `type`, `http_address` and `zmq_address` are all that a P2pNcclConnector instance sends; unknown keys are ignored.
     """
