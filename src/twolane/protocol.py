@@ -17,11 +17,23 @@ Kind = Literal["twolane", "nixl", "p2pnccl"]
 
 PROTOCOL_VERSION = 2
 REGISTER_EVERY_S = 3.0
+LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
 SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
 
 
+class Load(msgspec.Struct, frozen=True):
+    """What an instance has to do and what room it has, after its engine's last step."""
+
+    free_blocks: int
+    num_blocks: int  # KV blocks in all
+    block_size: int  # slots a block
+    num_running: int  # requests that have their blocks; on D also those whose KV has not landed yet
+    num_waiting: int  # requests that have none, for want of blocks or because it isn't their turn
+
+
 class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An instance says that it is there: every 3 s, from a DEALER whose identity is its `zmq_address`; no reply.
+    """An instance says that it is there: every 3 s (sooner when its load changed much), from a DEALER whose identity is
+    its `zmq_address`; no reply.
 
     `type`, `http_address` and `zmq_address` are all that a P2pNcclConnector instance sends; unknown keys are ignored.
     """
@@ -34,6 +46,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     leaving: bool = False  # last words at a clean stop
     sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
     signature: str = ""  # see `sign_registration`
+    load: Load | None = None  # None: not known
 
 
 class HandoffParams(msgspec.Struct, frozen=True):
@@ -168,12 +181,15 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
     """Items [first_item, first_item + num_items) of the transfer lie in `slot`, or in D's blocks if there is none.
 
     An item is one layer of one block; items are numbered block by block in announced order, layers inside a block.
+    `computed_at_s`: P's CLOCK_MONOTONIC when it last computed something of the prompt; in the last push its last layer.
+    That clock is the host's: D may compare it with its own where P's host is its own host, and nowhere else.
     """
 
     transfer_id: str
     first_item: int
     num_items: int
     slot: int | None
+    computed_at_s: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -95,7 +95,7 @@ class Instance:
     child: Child
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, by name and labels without the engine's and the model's."""
+        """Every sample of /metrics, by name and the labels that tell several of one name apart here."""
         status, body = request(self.spec.address, "GET", "/metrics")
         assert status == 200
         samples: dict[str, float] = {}
@@ -127,7 +127,7 @@ class Instance:
 
 def _short(key: str) -> str:
     name, _, labels = key.partition("{")
-    kept = [part for part in labels.rstrip("}").split(",") if part.partition("=")[0] == "source"]
+    kept = [part for part in labels.rstrip("}").split(",") if part.partition("=")[0] in ("source", "cause")]
     return f"{name}{{{','.join(kept)}}}" if kept else name
 
 

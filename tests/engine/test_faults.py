@@ -101,6 +101,7 @@ def test_the_only_p_killed_in_mid_prefill_and_d_computes_alone(
         got = answer.result()
     assert got == complete(single_url, body)
     assert decode.tokens_by_source()["local_compute"] - computed > 1, "D computed what P didn't send"
+    assert decode.metrics()['twolane_kv_receive_failures_total{cause="peer_died"}'] >= 1
     wait_for("all blocks back", lambda: all_free([decode]), 5)
     health = httpx.get(f"{stack.url}/health")
     assert (health.status_code, health.json()["status"]) == (200, "degraded")

@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from twolane.connector.load import LoadMeter
 from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
 from twolane.connector.plan import StepPlan
 from twolane.connector.scheduler import DecodeScheduler, PrefillScheduler
@@ -24,6 +25,7 @@ from twolane.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -84,6 +86,7 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         _refuse_unsupported(vllm_config, kv_cache_config)
         self._scheduler: PrefillScheduler | DecodeScheduler | None = None
         self._worker: WorkerSide | None = None
+        self._load = LoadMeter(kv_cache_config.num_blocks, vllm_config.cache_config.block_size)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(_worker_facts(vllm_config, kv_cache_config))
         elif vllm_config.kv_transfer_config.is_kv_producer:
@@ -93,8 +96,16 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
 
     # -- scheduler side
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._load.bind(gpu_block_pool)
+
+    def has_pending_push_work(self) -> bool:
+        """One more step for an idle engine, so that the workers hear of blocks that came back after the last one."""
+        return self._load.has_news()
+
     def on_new_request(self, request: Request) -> None:
         assert self._scheduler is not None
+        self._load.came(request.request_id)
         self._scheduler.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -103,12 +114,15 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._load.got_blocks(request.request_id)
         if isinstance(self._scheduler, DecodeScheduler):
             self._scheduler.after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._scheduler is not None
-        return TwoLaneMetadata(**vars(self._scheduler.take_plan(scheduler_output)))
+        plan = self._scheduler.take_plan(scheduler_output)
+        plan.load = self._load.measure(scheduler_output)
+        return TwoLaneMetadata(**vars(plan))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if isinstance(self._scheduler, DecodeScheduler):
@@ -161,8 +175,9 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         return self._worker.take_invalid_blocks()
 
     def get_kv_connector_stats(self) -> TwoLaneStats | None:
-        counts = self._worker.take_counts() if self._worker is not None else {}
-        return TwoLaneStats(data=counts) if counts else None
+        if self._worker is None or not (counts := self._worker.take_counts()):
+            return None
+        return TwoLaneStats(data=counts)
 
     def shutdown(self) -> None:
         if self._worker is not None:

@@ -56,9 +56,8 @@ class DecodeAgent(Agent):
         with self.lock:
             return self._side.take_finished()
 
-    @property
-    def counters(self) -> Counters:
-        return self._side.counters
+    def take_counters(self) -> Counters:
+        return self._side.take_counters()
 
     # -- Links, under the lock, agent thread
 

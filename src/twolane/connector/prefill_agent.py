@@ -47,7 +47,7 @@ class PrefillAgent(Agent):
 
     def end_step(self, advances: list[Advance]) -> None:
         with self.lock:
-            self._side.end_step(advances)
+            self._side.end_step(advances, time.monotonic())
         if advances:
             self.wake()
 
@@ -63,9 +63,8 @@ class PrefillAgent(Agent):
         with self.lock:
             return self._side.is_idle
 
-    @property
-    def counters(self) -> Counters:
-        return self._side.counters
+    def take_counters(self) -> Counters:
+        return self._side.take_counters()
 
     # -- Links, under the lock
 
@@ -115,8 +114,9 @@ class PrefillAgent(Agent):
     def _push_next(self) -> bool:
         """The lock is free between two pushes, so that the engine waits for one at most."""
         with self.lock:
-            pushed = self._side.push_next(time.monotonic())
-            self._side.settle()
+            now_s = time.monotonic()
+            pushed = self._side.push_next(now_s)
+            self._side.settle(now_s)
             outbox, self._outbox = self._outbox, []
         for peer, message in outbox:
             # A peer that is gone is found out by its pidfd or its lease; its messages go nowhere.

@@ -7,6 +7,8 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
 
@@ -138,4 +140,6 @@ def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
         "requests": instance.num_requests,
         "failures": instance.num_failures,
         "epoch": instance.epoch,
+        "load": None if instance.load is None else msgspec.to_builtins(instance.load),
+        "foreign": instance.num_foreign,
     }
