@@ -39,6 +39,7 @@ def sent_tokens(instance: Instance) -> int:
     return int(instance.metrics()["twolane_kv_sent_tokens_total"])
 
 
+@pytest.mark.matrix
 def test_tokens_equal_a_single_instances_and_d_computed_one_token_of_each_prompt(
     stack: Stack, prefill: Instance, decode: Instance, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -53,6 +54,7 @@ def test_tokens_equal_a_single_instances_and_d_computed_one_token_of_each_prompt
     assert sent_tokens(prefill) - sent == sum(LENGTHS) - len(prompts)
 
 
+@pytest.mark.matrix
 def test_the_same_prompts_again_are_not_sent_again(
     stack: Stack, prefill: Instance, decode: Instance, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -71,6 +73,7 @@ def test_the_same_prompts_again_are_not_sent_again(
     assert sent_tokens(prefill) - sent == 2 * rest
 
 
+@pytest.mark.matrix
 def test_sixteen_at_once(stack: Stack, decode: Instance, single_url: str) -> None:
     prompts = make_prompts(seed=2, lengths=LENGTHS[:16])
     bodies = [completion_body(stack, prompt, NUM_TOKENS) for prompt in prompts]
