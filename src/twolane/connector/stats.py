@@ -19,6 +19,7 @@ class Counters:
     kv_received_bytes: int = 0
     kv_receive_failures: int = 0
     kv_recomputed_tokens: int = 0
+    kv_refused_peers: int = 0
 
     def since(self, earlier: Counters) -> dict[str, int]:
         """What was added, fields without a change left out."""
@@ -40,4 +41,5 @@ HELP = {
     "kv_received_bytes": "Bytes of KV that landed in this decode instance's blocks.",
     "kv_receive_failures": "Transfers that failed; this decode instance computed what was missing.",
     "kv_recomputed_tokens": "Prompt tokens this decode instance computed because a transfer failed.",
+    "kv_refused_peers": "Connections to the other side on which no KV can move, since the KV caches don't match.",
 }

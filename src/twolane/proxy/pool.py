@@ -58,6 +58,7 @@ class Instance:
     num_requests: int = 0
     num_failures: int = 0
     reason: str = ""  # why it isn't ready
+    problem: str = ""  # what it says of itself: why no KV moves
 
 
 class Ticket:
@@ -108,6 +109,7 @@ class Pool:
             if not registration.leaving:
                 self._add(registration, now)
             return
+        instance.problem = registration.problem
         instance.registered_at = now
         instance.control_address = registration.zmq_address
         if registration.epoch != instance.epoch or registration.kind != instance.kind:
@@ -131,6 +133,7 @@ class Pool:
             registered_at=now,
             probe_at=now,
             is_static=is_static,
+            problem=registration.problem,
         )
         self._instances[instance.role, instance.address] = instance
         self._change(instance, State.STARTING, now, "given by a flag" if is_static else "registered")
