@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.engine.stack import (
     with_extra,
     without_connector,
 )
+from twolane.launch.plan import ServiceSpec
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 
@@ -46,7 +48,14 @@ class Compared:
 
 
 def answers(stack: Stack, url: str, prompts: list[list[int]]) -> list[list[int]]:
-    return [complete(url, completion_body(stack, prompt, NUM_TOKENS)) for prompt in prompts]
+    """All at once: between two requests vLLM's mp executor parks its workers, and may wake them 5 s late."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda p: complete(url, completion_body(stack, p, NUM_TOKENS)), prompts))
+
+
+def patient(spec: ServiceSpec) -> ServiceSpec:
+    """A rank that waits for the other one spins, four on two cores: the agents beside them starve."""
+    return with_extra(spec, peer_timeout_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compared]:
         made.start(single)
         expected = [answers(made, f"http://{single.address}", chosen) for chosen in prompts]
         made.instances.pop("single").child.stop(10.0)
-        made.start(made.spec("prefill"), made.spec("decode"))
+        made.start(patient(made.spec("prefill")), patient(made.spec("decode")))
         yield Compared(made, prompts, expected)
     finally:
         made.stop()
@@ -91,6 +100,6 @@ def test_the_comparison_fails_when_the_transferred_bytes_are_zero(compared: Comp
     """Last: P is another one afterwards."""
     stack = compared.stack
     stack.instances.pop("prefill").child.stop(10.0)
-    stack.start(with_extra(stack.spec("prefill"), fault="zero_kv"))
+    stack.start(patient(with_extra(stack.spec("prefill"), fault="zero_kv")))
     got = zip(LENGTHS, compared.answers(1), compared.expected[1], strict=True)
     assert [length for length, answer, want in got if answer != want] == [length for length in LENGTHS if length > 1]

@@ -57,11 +57,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "head_dim": 64,
         },
     ),
-    "mamba": (
-        "BambaForCausalLM",
-        "BambaConfig",
-        {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 16},
+    "hybrid": (
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 512, "block_auto_adjust_ff_dim": False},
     ),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {"state_size": 16}),
 }
 
 
