@@ -67,7 +67,7 @@ def test_what_cannot_be_moved_is_refused_with_a_reason(tokenizer: Path, tmp_path
     """All three start at once; each ends by itself, and its log says why and what to do instead."""
     reasons = {
         "sliding": "start with --disable-sliding-window",
-        "mamba": "state-space layers, which this model has: serve it without lanes",
+        "mamba": "state-space layers, which TwoLaneConnector can't move: serve it without lanes",
         "hybrid": "several kinds (state-space beside attention, for example)",
     }
     specs = {}

@@ -28,7 +28,7 @@ from twolane.launch.plan import ServiceSpec
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 
 RANKS = 2
-ARGS = ("--tensor-parallel-size", str(RANKS), "--distributed-executor-backend", "mp")
+ARGS = ("--tensor-parallel-size", str(RANKS))
 LENGTHS = [1, 2, 100, 128, 129, 511, 513, 1000]
 NUM_TOKENS = 12
 # A block of all ranks together: keys and values, every layer, every KV head, in float32.
