@@ -4,7 +4,7 @@ BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status install lint test lock clean
+.PHONY: help up down status install lint test matrix lock clean
 
 help:  ## Show this
 	@echo "TwoLane: make WORD, where WORD is one of"
@@ -30,6 +30,9 @@ lint: install  ## ruff and mypy
 
 test: lint  ## lint, then all tests (they start real engines: about 12 minutes on 2 cores)
 	.venv/bin/python -m pytest
+
+matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
+	$(PYTHON) scripts/matrix.py $(VERSIONS)
 
 lock:  ## Resolve requirements/*.in into the lock files again
 	$(PYTHON) scripts/lock.py

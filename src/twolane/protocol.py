@@ -44,6 +44,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: Kind = "p2pnccl"
     epoch: str = ""  # new at every start of the instance
     leaving: bool = False  # last words at a clean stop
+    problem: str = ""  # why KV can't move here, in words; empty: no trouble known
     sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
     signature: str = ""  # see `sign_registration`
     load: Load | None = None  # None: not known
@@ -90,16 +91,27 @@ class KVFormat(msgspec.Struct, frozen=True):
     tp_size: int
     regions: list[tuple[int, int]]  # per layer, in layer order: (pieces a block, bytes a piece)
 
+    def in_words(self) -> dict[str, str]:
+        layers = ", ".join(f"{self.regions.count(r)} layers of {r[0]} x {r[1]} B" for r in dict.fromkeys(self.regions))
+        return {
+            "connector's protocol": str(self.protocol),
+            "model": self.model,
+            "dtype (KV/model)": self.kv_dtype,
+            "block size": str(self.block_size),
+            "tensor parallelism": str(self.tp_size),
+            "KV layout of a block": layers,
+        }
+
     def difference_from(self, prefill: KVFormat) -> str:
         """What differs between D's format (self) and P's, in words, with the remedy; empty if nothing does."""
-        differing = [
-            f"{name}: prefill {getattr(prefill, name)!r}, decode {getattr(self, name)!r}"
-            for name in self.__struct_fields__
-            if getattr(self, name) != getattr(prefill, name)
-        ]
-        if not differing:
+        if self == prefill:
             return ""
-        return f"the KV caches don't match ({'; '.join(differing)}). Start both with the same model and settings."
+        mine, theirs = self.in_words(), prefill.in_words()
+        differing = [
+            f"{name}: prefill {theirs[name]}, decode {mine[name]}" for name in mine if mine[name] != theirs[name]
+        ]
+        what = "; ".join(differing) or "the order of the layers"
+        return f"the KV caches don't match ({what}). Start both with the same model and settings."
 
 
 # --- control messages, D's worker to P's worker (same rank) -----------------------------------------------------------
@@ -122,7 +134,7 @@ class TransportOffer(msgspec.Struct, frozen=True):
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """First message on a connection: what D is and what it can receive with, best first. P answers Welcome or
-    Refused."""
+    Mismatch."""
 
     me: Identity
     format: KVFormat
@@ -173,7 +185,16 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     transport: TransportOffer
 
 
+class Mismatch(msgspec.Struct, frozen=True, tag="mismatch"):
+    """The handshake is over, but no KV can move. The connection stays, so that D's Cancels free P's blocks at once."""
+
+    me: Identity
+    reason: str
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """P doesn't understand, or doesn't know who is speaking. D begins anew."""
+
     reason: str
 
 
@@ -207,7 +228,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 ToPrefill = Hello | Announce | Credit | Cancel | Ping
-ToDecode = Welcome | Refused | Push | Abort | Pong
+ToDecode = Welcome | Mismatch | Refused | Push | Abort | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 encode_json = msgspec.json.Encoder().encode

@@ -187,7 +187,7 @@ def test_a_refused_handshake_is_a_mismatch(prefill: Prefill) -> None:
         decode.receive(prefill.address, [20], num_tokens=4)
         decode.wait_finished()
         counts = decode.agent.take_counts()
-        assert counts == {"kv_receive_failures": {"mismatch": 1}, "kv_recomputed_tokens": 4}
+        assert counts == {"kv_refused_peers": 1, "kv_receive_failures": {"mismatch": 1}, "kv_recomputed_tokens": 4}
     finally:
         decode.agent.stop()
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import zmq
 
-from tests.connector.agents import free_port, start_prefill
+from tests.connector.agents import free_port, start_decode, start_prefill
 from twolane.connector.register import changed_much
 from twolane.connector.settings import ConnectorSettings, parse_settings, read_secret
 from twolane.errors import ConfigError
@@ -51,6 +51,19 @@ def test_it_registers_at_once_and_says_when_it_leaves(proxy: tuple[zmq.Socket[by
     assert receive(socket)[1] == Registration(
         "P", "127.0.0.1:20003", prefill.address, "twolane", registration.epoch, leaving=True
     )
+
+
+def test_d_tells_the_proxy_why_no_kv_moves(proxy: tuple[zmq.Socket[bytes], str]) -> None:
+    socket, address = proxy
+    prefill = start_prefill(ConnectorSettings(), model="other")
+    decode = start_decode(ConnectorSettings(http_address="127.0.0.1:20005", discovery_address=address))
+    try:
+        assert not receive(socket)[1].problem
+        decode.receive(prefill.address, [20], num_tokens=4)
+        assert "model: prefill other, decode tiny" in receive(socket)[1].problem
+    finally:
+        prefill.agent.stop()
+        decode.agent.stop()
 
 
 def test_it_signs_with_the_shared_secret(proxy: tuple[zmq.Socket[bytes], str], tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def timed_transfers(prefill: Instance, decode: Instance) -> dict[str, int]:
     return {name: int(instance.metrics()[f"twolane_kv_{name}_seconds_count"]) for name, instance in names.items()}
 
 
+@pytest.mark.matrix
 def test_tokens_equal_a_single_instances_and_d_computed_one_token_of_each_prompt(
     stack: Stack, prefill: Instance, decode: Instance, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -61,6 +62,7 @@ def test_tokens_equal_a_single_instances_and_d_computed_one_token_of_each_prompt
     assert set(difference(timed_transfers(prefill, decode), timed).values()) == {num_transfers}
 
 
+@pytest.mark.matrix
 def test_the_same_prompts_again_are_not_sent_again(
     stack: Stack, prefill: Instance, decode: Instance, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -79,6 +81,7 @@ def test_the_same_prompts_again_are_not_sent_again(
     assert sent_tokens(prefill) - sent == 2 * rest
 
 
+@pytest.mark.matrix
 def test_sixteen_at_once(stack: Stack, decode: Instance, single_url: str) -> None:
     prompts = make_prompts(seed=2, lengths=LENGTHS[:16])
     bodies = [completion_body(stack, prompt, NUM_TOKENS) for prompt in prompts]

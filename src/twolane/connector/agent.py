@@ -102,6 +102,11 @@ class Agent(ABC):
     def close(self) -> None:
         """Closes sockets and transports; the last thing the thread does."""
 
+    def tell_proxy(self, problem: str) -> None:
+        """What the proxy shows beside this instance; empty: no trouble. Under the lock."""
+        if self._registrar is not None:
+            self._registrar.problem = problem
+
     def watch_process(self, peer: bytes | str, pid: int, host: str) -> None:
         """Raises ProcessLookupError if it is dead already."""
         pidfd = open_pidfd(pid, host)

@@ -19,8 +19,8 @@ from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
 from twolane.connector.plan import StepPlan
 from twolane.connector.scheduler import DecodeScheduler, PrefillScheduler
 from twolane.connector.settings import parse_settings
+from twolane.connector.supported import refuse_unsupported
 from twolane.connector.worker import WorkerFacts, WorkerSide
-from twolane.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -39,26 +39,13 @@ class TwoLaneMetadata(StepPlan, KVConnectorMetadata):  # type: ignore[misc]  # v
 
 def _model_identity(config: VllmConfig) -> str:
     """The same on both sides if they serve the same architecture in the same configuration, wherever it lies."""
-    hf_config = config.model_config.hf_config.to_dict()
+    model = config.model_config
+    hf_config = model.hf_config.to_dict()
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         hf_config.pop(key, None)
     digest = hashlib.sha256(repr(sorted(hf_config.items(), key=str)).encode()).hexdigest()[:16]
-    return f"{'/'.join(config.model_config.hf_config.architectures or ())}:{digest}"
-
-
-def _refuse_unsupported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Raises ConfigError for what would hang or answer wrongly."""
-    transfer, parallel = config.kv_transfer_config, config.parallel_config
-    if transfer.kv_role not in ("kv_producer", "kv_consumer"):
-        raise ConfigError(f"kv_role {transfer.kv_role!r}: TwoLane has kv_producer (P) and kv_consumer (D) instances.")
-    if transfer.kv_load_failure_policy != "recompute":
-        raise ConfigError('set "kv_load_failure_policy": "recompute", or a lost transfer fails the client\'s request.')
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError("pipeline parallelism isn't supported by TwoLaneConnector; use tensor parallelism.")
-    if config.speculative_config is not None:
-        raise ConfigError("speculative decoding isn't supported by TwoLaneConnector yet; start without it.")
-    if len(kv_cache_config.kv_cache_groups) > 1:
-        raise ConfigError("models with several KV cache groups aren't supported by TwoLaneConnector yet.")
+    names = "/".join(model.hf_config.architectures or ())
+    return f"{names} with {model.get_total_num_kv_heads()} KV heads of {model.get_head_size()} (config {digest})"
 
 
 def _worker_facts(config: VllmConfig, kv_cache_config: KVCacheConfig) -> WorkerFacts:
@@ -83,7 +70,7 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        _refuse_unsupported(vllm_config, kv_cache_config)
+        refuse_unsupported(vllm_config, kv_cache_config)
         self._scheduler: PrefillScheduler | DecodeScheduler | None = None
         self._worker: WorkerSide | None = None
         self._load = LoadMeter(kv_cache_config.num_blocks, vllm_config.cache_config.block_size)

@@ -120,6 +120,7 @@ class DecodeAgent(Agent):
                 self._side.begin_step(plan, gate, now_s)
             self._side.settle(now_s)
             self._side.tick(now_s)
+            self.tell_proxy(self._side.problem)
             deadline_s = self._side.next_deadline_s
         self._flush()
         return deadline_s

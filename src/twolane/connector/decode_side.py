@@ -6,6 +6,7 @@ caller holds the agent's lock.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from twolane.protocol import (
     Hello,
     Identity,
     KVFormat,
+    Mismatch,
     Pong,
     Push,
     Refused,
@@ -204,7 +206,8 @@ class DecodeSide:
             self._finished.invalid_block_ids.update(incoming.invalid_blocks())
             self._counters.receive_failed(incoming.cause)
             self._counters.kv_recomputed_tokens += incoming.num_tokens - incoming.landed_tokens
-            logger.warning(
+            logger.log(
+                logging.DEBUG if incoming.cause is Cause.MISMATCH else logging.WARNING,
                 "transfer failed, the prompt is computed here transfer_id=%s cause=%s landed_tokens=%d of=%d reason=%r",
                 incoming.transfer_id,
                 incoming.cause,
@@ -273,6 +276,8 @@ class DecodeSide:
                 self._on_abort(peer, transfer_id, reason, now_s)
             case Welcome():
                 self._on_welcome(peer, message, now_s)
+            case Mismatch():
+                self._on_mismatch(peer, message, now_s)
             case Refused(reason):
                 self._drop_peer(address, Cause.PROTOCOL, f"prefill instance {address} refused: {reason}", now_s)
             case Pong():
@@ -290,6 +295,24 @@ class DecodeSide:
             for transfer_id in peer.transfers:
                 self._links.send(peer.address, Cancel(transfer_id, str(error)))
             self._drop_peer(peer.address, Cause.UNREACHABLE, str(error), now_s)
+
+    def _on_mismatch(self, peer: Peer, mismatch: Mismatch, now_s: float) -> None:
+        """Said once, here; requests that name this P are computed without a word from now on, while it lives."""
+        peer.mismatch = f"prefill instance {peer.address}: {mismatch.reason}"
+        self._counters.kv_refused_peers += 1
+        logger.error("no KV can come from %s", peer.mismatch)
+        for transfer_id in list(peer.transfers):
+            self._refuse(self._open[transfer_id], peer, now_s)
+        try:
+            self._links.watch(peer.address, mismatch.me.pid, mismatch.me.host)
+        except ProcessLookupError:
+            self._drop_peer(peer.address, Cause.PEER_DIED, f"prefill instance {peer.address} died", now_s)
+
+    def _refuse(self, incoming: Incoming, peer: Peer, now_s: float) -> None:
+        """P has no way to write."""
+        incoming.fail(Cause.MISMATCH, peer.mismatch, now_s)
+        incoming.fence()
+        self._close_if_over(incoming)
 
     def _on_abort(self, peer: Peer, transfer_id: str, reason: str, now_s: float) -> None:
         incoming = self._open.get(transfer_id) if transfer_id in peer.transfers else None
@@ -350,6 +373,10 @@ class DecodeSide:
             incoming.fail(Cause.UNREACHABLE, reason, now_s)
             self._close_if_over(incoming)
             return
+        if peer.mismatch:
+            self._links.send(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
+            self._refuse(incoming, peer, now_s)
+            return
         incoming.announced(now_s)
         peer.transfers.add(incoming.transfer_id)
         self._links.send(incoming.address, incoming.announce)
@@ -400,6 +427,11 @@ class DecodeSide:
             if incoming.overdue(now_s, self._settings.transfer_timeout_s):
                 reason = f"no block came for {self._settings.transfer_timeout_s:g} s"
                 self._end(incoming, Cause.TIMED_OUT, reason, now_s)
+
+    @property
+    def problem(self) -> str:
+        """Why no KV comes from some P, in words; empty: no trouble known."""
+        return next((peer.mismatch for peer in self._peers.values() if peer.mismatch), "")
 
     @property
     def is_idle(self) -> bool:

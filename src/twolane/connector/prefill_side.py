@@ -26,6 +26,7 @@ from twolane.protocol import (
     Hello,
     Identity,
     KVFormat,
+    Mismatch,
     Ping,
     Pong,
     Push,
@@ -55,9 +56,9 @@ class DecodePeer:
     """A D worker that said Hello. `last_word_s` renews the lease of everything it announced."""
 
     epoch: str
-    channel: SendChannel
+    channel: SendChannel | None  # None: no KV can go to it
     last_word_s: float
-    lent: dict[int, float] = field(default_factory=dict)  # slot -> since when
+    lent: dict[int, float] = field(default_factory=dict)  # slot -> since when, oldest first
 
 
 @dataclass(frozen=True)
@@ -189,35 +190,48 @@ class PrefillSide:
             case Announce():
                 self._on_announce(peer, message, now_s)
             case Credit(slot):
-                known.lent.pop(slot, None)
-                known.channel.release(slot)
+                self._on_credit(known, slot)
             case Cancel(transfer_id, reason):
                 self._on_cancel(peer, transfer_id, reason, now_s)
             case Ping(waiting):
                 self._on_ping(peer, waiting)
 
-    def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> None:
-        if difference := hello.format.difference_from(self._format):
-            logger.error("decode instance refused: %s", difference)
-            self._links.send(peer, Refused(difference))
+    @staticmethod
+    def _on_credit(peer: DecodePeer, slot: int) -> None:
+        """Peers answer in order: a slot that was lent before and hasn't come back was lost on the way."""
+        if peer.channel is None or slot not in peer.lent:
             return
+        for lent in list(peer.lent):
+            del peer.lent[lent]
+            peer.channel.release(lent)
+            if lent == slot:
+                break
+
+    def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> None:
         for old in [known for known, state in self._peers.items() if state.epoch == hello.me.epoch]:
             self._drop_peer(old, Cause.ABORTED, "the decode worker connected anew")
         try:
-            channel, chosen = self._transports.open(hello.transports, hello.me.pid, hello.me.host)
             self._links.watch(peer, hello.me.pid, hello.me.host)
-        except TransferError as error:
-            logger.error("decode instance refused: %s", error)
-            self._links.send(peer, Refused(str(error)))
-            return
         except ProcessLookupError:
-            channel.close()
             return
-        self._peers[peer] = DecodePeer(hello.me.epoch, channel, now_s)
-        self._links.send(peer, Welcome(self._me, chosen))
+        known = self._peers[peer] = DecodePeer(hello.me.epoch, None, now_s)
+        mismatch = hello.format.difference_from(self._format)
+        try:
+            if not mismatch:
+                known.channel, chosen = self._transports.open(hello.transports, hello.me.pid, hello.me.host)
+                self._links.send(peer, Welcome(self._me, chosen))
+                return
+        except TransferError as error:
+            mismatch = str(error)
+        self._counters.kv_refused_peers += 1
+        logger.error("no KV can go to a decode instance: %s", mismatch)
+        self._links.send(peer, Mismatch(self._me, mismatch))
 
     def _on_announce(self, peer: bytes, announce: Announce, now_s: float) -> None:
         self._trace.note(announce.transfer_id, "announced")
+        if self._peers[peer].channel is None:  # sent before D knew
+            self._on_cancel(peer, announce.transfer_id, "no KV can go there", now_s)
+            return
         outgoing = self._offers.of_transfer(announce.transfer_id)
         if outgoing is not None and outgoing.ended is None:
             self._accept(outgoing, announce, peer)
@@ -257,7 +271,8 @@ class PrefillSide:
         self._links.unwatch(peer)
         for outgoing in self._offers.forget_peer(peer):
             self._give_up(outgoing, cause, reason)
-        gone.channel.close()
+        if gone.channel is not None:
+            gone.channel.close()
 
     # -- what time and the transports bring
 
@@ -282,22 +297,22 @@ class PrefillSide:
         ready = [one for one in self._offers.all() if one.peer in self._peers and one.next_push(1)]
         for outgoing in sorted(ready, key=lambda one: one.turn):
             assert outgoing.peer is not None
-            peer = self._peers[outgoing.peer]
-            if room := peer.channel.room(outgoing.next_item):
-                self._push(outgoing, outgoing.peer, peer, room, now_s)
+            channel = self._peers[outgoing.peer].channel
+            if channel is not None and (room := channel.room(outgoing.next_item)):
+                self._push(outgoing, outgoing.peer, channel, room, now_s)
                 return True
         return False
 
-    def _push(self, outgoing: Outgoing, address: bytes, peer: DecodePeer, room: int, now_s: float) -> None:
+    def _push(self, outgoing: Outgoing, peer: bytes, channel: SendChannel, room: int, now_s: float) -> None:
         items = outgoing.next_push(room)
         assert items is not None
-        ticket = peer.channel.push(outgoing.sources(items), outgoing.targets(items), outgoing.fence)
+        ticket = channel.push(outgoing.sources(items), outgoing.targets(items), outgoing.fence)
         self._turn += 1
         outgoing.turn = self._turn
         outgoing.begun(items)
         if ticket.slot is not None:
-            peer.lent[ticket.slot] = now_s
-        self._flights.append(Flight(outgoing, address, items, ticket))
+            self._peers[peer].lent[ticket.slot] = now_s
+        self._flights.append(Flight(outgoing, peer, items, ticket))
 
     def settle(self, now_s: float) -> None:
         """Tells D of pushes that are done, and of transfers that are over."""
@@ -337,5 +352,6 @@ class PrefillSide:
 
     def close(self) -> None:
         for peer in self._peers.values():
-            peer.channel.close()
+            if peer.channel is not None:
+                peer.channel.close()
         self._transports.close()

@@ -17,7 +17,8 @@ class Registrar:
     """Sends the registration every 3 s, or sooner when the load changed much, over a DEALER whose identity is the
     control address. Never blocks.
 
-    Used by the agent's thread alone, but for `load`, which the engine's thread may set at any time.
+    Used by the agent's thread alone, but for `load`, which the engine's thread may set at any time. `problem` is for
+    whoever knows of one to set, and to clear.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Registrar:
         self._me = me
         self._secret = secret
         self.load: Load | None = None
+        self.problem = ""
         self._next_s = 0.0
         self._soonest_s = 0.0
         self._socket = context.socket(zmq.DEALER)
@@ -39,9 +41,10 @@ class Registrar:
 
     def tick(self, now_s: float) -> None:
         load = self.load
-        if now_s < self._soonest_s or (now_s < self._next_s and not changed_much(self._me.load, load)):
+        has_news = self.problem != self._me.problem or changed_much(self._me.load, load)
+        if now_s < self._soonest_s or (now_s < self._next_s and not has_news):
             return
-        me = msgspec.structs.replace(self._me, load=load)
+        me = msgspec.structs.replace(self._me, load=load, problem=self.problem)
         if self._send(me):
             self._me = me
             self._next_s, self._soonest_s = now_s + REGISTER_EVERY_S, now_s + _SOONEST_S

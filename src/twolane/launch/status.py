@@ -65,6 +65,7 @@ def _row(service: ServiceState, known: dict[str, Any], entry: dict[str, Any]) ->
         "load": entry.get("load"),
         "restarts": service.restarts,
         "reason": service.reason or None,
+        "problem": entry.get("problem"),
         "log": service.log,
     }
 
@@ -75,23 +76,15 @@ def from_proxy(settings: Settings) -> list[dict[str, Any]]:
     if known is None:
         return []
     in_flight = sum(entry["in_flight"] for entry in known if entry["role"] == "D")
-    rows: list[tuple[str, int, str, int, dict[str, int] | None]] = [
-        ("proxy", settings.http_proxy_port, "ready", in_flight, None)
-    ]
-    rows += [
-        (
-            ROLES[entry["role"]],
-            int(entry["address"].rpartition(":")[2]),
-            entry["state"],
-            entry["in_flight"],
-            entry.get("load"),
-        )
-        for entry in known
-    ]
-    return [_found(*row) for row in rows]
+    rows = [_found("proxy", settings.http_proxy_port, "ready", in_flight)]
+    for entry in known:
+        port = int(entry["address"].rpartition(":")[2])
+        row = _found(ROLES[entry["role"]], port, entry["state"], entry["in_flight"])
+        rows.append(row | {"load": entry.get("load"), "problem": entry.get("problem")})
+    return rows
 
 
-def _found(role: str, port: int, state: str, in_flight: int, load: dict[str, int] | None) -> dict[str, Any]:
+def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
     pid = listener_pid(port)
     row: dict[str, Any] = {
         "name": role,
@@ -103,7 +96,8 @@ def _found(role: str, port: int, state: str, in_flight: int, load: dict[str, int
         "state": state,
     }
     times = {"uptime_s": uptime_s([pid] if pid else []), "memory_bytes": memory_bytes([pid] if pid else [])}
-    return row | times | {"in_flight": in_flight, "load": load, "restarts": None, "reason": None, "log": None}
+    rest = {"in_flight": in_flight, "load": None, "restarts": None, "reason": None, "problem": None, "log": None}
+    return row | times | rest
 
 
 def memory_bytes(pids: list[int]) -> int | None:
@@ -143,6 +137,8 @@ def print_status(report: dict[str, Any], console: Console) -> None:
             why = f"; {service['reason']}" if service["reason"] else ""
             text = f"{service['name']}: started again {service['restarts']} times{why} (log: {service['log']})"
             console.print(text, markup=False)
+        if service["problem"]:
+            console.print(f"{service['name']}: {service['problem']}", markup=False)
 
 
 def cells(service: dict[str, Any]) -> list[str]:

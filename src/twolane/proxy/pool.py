@@ -58,6 +58,7 @@ class Instance:
     num_requests: int = 0
     num_failures: int = 0
     reason: str = ""  # why it isn't ready
+    problem: str = ""  # what it says of itself: why no KV moves
     load: Load | None = None  # its own word; None: it said nothing, or too long ago
     load_at: float = 0.0
     num_foreign: int = 0  # requests that it had then and that can't have been ours
@@ -138,6 +139,7 @@ class Pool:
             if not registration.leaving:
                 self._add(registration, now)
             return
+        instance.problem = registration.problem
         instance.registered_at = now
         instance.told(registration.load, now)
         instance.control_address = registration.zmq_address
@@ -162,6 +164,7 @@ class Pool:
             registered_at=now,
             probe_at=now,
             is_static=is_static,
+            problem=registration.problem,
         )
         instance.told(registration.load, now)
         self._instances[instance.role, instance.address] = instance

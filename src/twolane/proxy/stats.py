@@ -134,6 +134,7 @@ def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
         "state": instance.state.value,
         "state_since_s": round(now - instance.since, 3),
         "reason": instance.reason or None,
+        "problem": instance.problem or None,
         "registered_ago_s": None if instance.is_static else round(now - instance.registered_at, 3),
         "in_flight": instance.in_flight,
         "in_flight_tokens": instance.in_flight_tokens,
