@@ -68,6 +68,7 @@ class PrefillAgent(Agent):
         self._offers = Offers(kv_format.block_size, items_per_block, settings.lease_s)
         self._peers: dict[bytes, DecodePeer] = {}
         self._outbox: list[tuple[bytes, ToDecode]] = []
+        self._num_messages = 0  # that were to be sent, for the fault `drop_tenth`
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -264,11 +265,20 @@ class PrefillAgent(Agent):
 
     def _flush(self) -> None:
         with self.lock:
-            outbox, self._outbox = self._outbox, []
+            outbox, self._outbox = self._without_dropped(self._outbox), []
         for peer, message in outbox:
             # A peer that is gone is found out by its pidfd or its lease; its messages go nowhere.
             with contextlib.suppress(zmq.Again, zmq.ZMQError):
                 self._socket.send_multipart([peer, encode(message)], zmq.NOBLOCK)
+
+    def _without_dropped(self, outbox: list[tuple[bytes, ToDecode]]) -> list[tuple[bytes, ToDecode]]:
+        """The fault `drop_tenth`. Under the lock."""
+        if self._settings.fault != "drop_tenth":
+            return outbox
+        first, self._num_messages = self._num_messages + 1, self._num_messages + len(outbox)
+        kept = [entry for number, entry in enumerate(outbox, first) if number % 10]
+        self.counters.kv_dropped_messages += len(outbox) - len(kept)
+        return kept
 
     def close(self) -> None:
         self._socket.close()

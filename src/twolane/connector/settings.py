@@ -21,7 +21,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.
     `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
     `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once.
-    `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice.
+    `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
+    `drop_tenth` makes P lose every tenth message to D.
     """
 
     host: str = "127.0.0.1"
@@ -33,7 +34,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     transfer_timeout_s: float = 300.0
     slot_bytes: int = 8 << 20
     num_slots: int = 8
-    fault: Literal["", "zero_kv"] = ""
+    fault: Literal["", "zero_kv", "drop_tenth"] = ""
 
 
 def read_secret(path: str) -> str:
