@@ -38,6 +38,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=REQUESTS, help="in all phases together")
     parser.add_argument("--phases", default=",".join(SOAK), help=f"of {', '.join(PHASES)}; a part of the soak")
     parser.add_argument("--time-scale", type=float, default=1.0, help="of each phase's time limit")
+    parser.add_argument("--prompts", type=int, default=NUM_PROMPTS, help="different ones; they come round")
+    parser.add_argument("--reference", default="", help="host:port of a single instance; empty: one is started first")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fault", choices=("", "zero_kv"), default="", help="break every P, to see that it is noticed")
     parser.add_argument("--out", type=Path, default=Path("logs/soak"), help="logs, the reference and report.json")
@@ -45,21 +47,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def references(folder: Path, prompts: list[list[int]], seed: int) -> list[Reference]:
+def references(args: argparse.Namespace, prompts: list[list[int]]) -> list[Reference]:
     """From a single instance; kept in a file, since the same seed and versions give the same."""
     key = {
-        "seed": seed,
+        "seed": args.seed,
         "prompts": len(prompts),
         "versions": benchmark.versions(),
         "model": os.environ.get("MODEL", ""),
     }
-    path = folder / "reference.json"
+    path = args.out / "reference.json"
     if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
         return [Reference(tuple(tokens)) for tokens in kept["tokens"]]
     print(f"reference: {len(prompts)} prompts through a single instance", flush=True)
-    port = int(os.environ.get("PREFILL_HTTP_PORT", "20003"))
-    with single_instance(folder, port) as (address, model):
-        made = asyncio.run(make_reference(address, model, prompts))
+    if args.reference:
+        made = asyncio.run(make_reference(args.reference, prompts))
+    else:
+        with single_instance(args.out, int(os.environ.get("PREFILL_HTTP_PORT", "20003"))) as address:
+            made = asyncio.run(make_reference(address, prompts))
     path.write_text(json.dumps({"key": key, "tokens": [reference.tokens for reference in made]}))
     return made
 
@@ -93,11 +97,12 @@ async def _until_stopped(run: PhaseRun, requests: Any) -> dict[str, Any]:
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     args.out.mkdir(parents=True, exist_ok=True)
-    prompts = make_prompts(args.seed, NUM_PROMPTS, MAX_MODEL_LEN - MAX_OUTPUT_TOKENS - 1)
-    made = references(args.out, prompts, args.seed)
+    prompts = make_prompts(args.seed, args.prompts, MAX_MODEL_LEN - MAX_OUTPUT_TOKENS - 1)
+    made = references(args, prompts)
     report: dict[str, Any] = {"seed": args.seed, "reference_prompts": len(prompts), "phases": []}
     report |= benchmark.surroundings(load({}).settings)
     report["reference_tokens"] = sum(len(reference.tokens) for reference in made)
+    report["reference_distinct"] = len({reference.tokens for reference in made})
     for name in args.phases.split(","):
         phase = replace(PHASES[name], max_s=PHASES[name].max_s * args.time_scale, fault=args.fault)
         result = run_phase(phase, round(args.requests * phase.share), prompts, made, args)

@@ -122,11 +122,11 @@ def note_event(outcome: Outcome, event: str) -> bool:
     return False
 
 
-async def make_reference(address: str, model: str, prompts: list[list[int]], at_once: int = 4) -> list[Reference]:
+async def make_reference(address: str, prompts: list[list[int]], at_once: int = 8) -> list[Reference]:
     """What a single instance answers to each prompt, as far as rounding can't change it."""
     gate = asyncio.Semaphore(at_once)
 
-    async def one(client: httpx.AsyncClient, prompt: list[int]) -> Reference:
+    async def one(client: httpx.AsyncClient, model: str, prompt: list[int]) -> Reference:
         body = completion(model, prompt, MAX_OUTPUT_TOKENS, logprobs=2, return_tokens_as_token_ids=True)
         async with gate:
             answer = await client.post(f"http://{address}/v1/completions", json=body)
@@ -136,4 +136,5 @@ async def make_reference(address: str, model: str, prompts: list[list[int]], at_
         return Reference(certain_tokens(choice["token_ids"], [step[0] - step[1] for step in top]))
 
     async with new_client() as client:
-        return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
+        model = (await client.get(f"http://{address}/v1/models")).json()["data"][0]["id"]
+        return list(await asyncio.gather(*(one(client, model, prompt) for prompt in prompts)))

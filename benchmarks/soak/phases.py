@@ -86,7 +86,7 @@ SHORT = Phase(
     "short",
     "short: 1P1D, tiny KV space, both killed once",
     share=1.0,
-    max_s=120,
+    max_s=90,
     vllm_args=(*SMALL_CHUNKS, *TINY_KV),
     kills=("kill P", "kill D"),
     kill_every_s=25.0,

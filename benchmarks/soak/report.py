@@ -38,6 +38,8 @@ def _phase_failures(phase: dict[str, Any]) -> list[str]:
     ]
     lines += [f"grew: {grown}" for grown in phase["growth"] if not grown["within_bounds"]]
     lines += [f"left behind: {segment}" for segment in phase["leftover_segments"]]
+    if phase["longest_wait_s"] > phase["deadline_s"]:
+        lines.append(f"a client waited {phase['longest_wait_s']} s of {phase['deadline_s']}")
     hang = phase.get("hang")
     if hang and not hang["gaps_hung"]:
         lines.append("P never hung in mid-transfer: nothing was measured")
@@ -60,7 +62,8 @@ def _surroundings(report: dict[str, Any]) -> str:
         f"{report['at'][:10]}, {hardware['num_cpus']} cores ({hardware['cpu']}), {engine}",
         f"load average at the start {hardware['load_average'][0]:.1f}",
         f"seed {report['seed']}",
-        f"{report['reference_tokens']} reference tokens for {report['reference_prompts']} prompts",
+        f"{report['reference_tokens']} reference tokens for {report['reference_prompts']} prompts "
+        f"({report['reference_distinct']} different answers)",
         f"{_total(phases, 'requests')} requests of {_total(phases, 'planned')} planned",
         f"{_total(phases, 'tokens_compared')} tokens compared",
         f"{_total(phases, 'took_s')} s",

@@ -119,8 +119,8 @@ def kill(state: ServiceState) -> None:
 
 
 @contextmanager
-def single_instance(folder: Path, port: int) -> Iterator[tuple[str, str]]:
-    """(address, model) of vLLM without our connector, one prompt at a time and nothing cached: the reference."""
+def single_instance(folder: Path, port: int) -> Iterator[str]:
+    """Address of vLLM without our connector, with nothing cached: the reference."""
     phase = Phase("reference", "reference", 0, 0, vllm_args=(*SMALL_CHUNKS, "--no-enable-prefix-caching"))
     plan = soak_plan(phase, soak_settings(phase, folder))
     spec = next(spec for spec in plan.services if spec.role == "prefill")
@@ -131,7 +131,7 @@ def single_instance(folder: Path, port: int) -> Iterator[tuple[str, str]]:
     child = Child(spec, {"TMPDIR": sockets, "VLLM_RPC_BASE_PATH": sockets})
     try:
         _await_healthy(child, spec)
-        yield spec.address, plan.model.names[0]
+        yield spec.address
     finally:
         child.stop(10.0)
         shutil.rmtree(sockets, ignore_errors=True)
