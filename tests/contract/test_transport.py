@@ -116,6 +116,21 @@ def test_a_slot_has_one_owner_until_it_is_released(pair: Pair) -> None:
     assert pair.sender.acquire(b"a") in mine
 
 
+def test_a_slot_that_comes_back_brings_those_that_were_sent_before_it(pair: Pair) -> None:
+    lost, answered = pair.sender.acquire(b"a"), pair.sender.acquire(b"a")
+    assert answered is not None
+    pair.sender.release(answered, b"a")
+    assert {pair.sender.acquire(b"a"), pair.sender.acquire(b"a")} == {lost, answered}
+
+
+def test_a_slot_that_was_sent_later_stays_taken(pair: Pair) -> None:
+    first, later = pair.sender.acquire(b"a"), pair.sender.acquire(b"a")
+    assert first is not None
+    pair.sender.release(first, b"a")
+    assert pair.sender.acquire(b"a") == first
+    assert pair.sender.acquire(b"a") is None, f"{later} is the peer's still"
+
+
 def test_a_written_slot_keeps_its_bytes_when_the_blocks_change(pair: Pair) -> None:
     slot = pair.sender.acquire(b"peer")
     assert slot is not None

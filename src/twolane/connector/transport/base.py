@@ -24,7 +24,10 @@ class Sender(Protocol):
         ...
 
     def release(self, slot: int, peer: bytes) -> None:
-        """The peer gave the slot back (Credit). Ignored for a slot that isn't the peer's."""
+        """The peer gave the slot back (Credit). Ignored for a slot that isn't the peer's.
+
+        Peers answer in order: what the peer was sent before and hasn't given back was lost on the way, and is free too.
+        """
         ...
 
     def release_peer(self, peer: bytes) -> None:

@@ -35,7 +35,7 @@ class Arena(msgspec.Struct, frozen=True):
 
 
 class ShmSender:
-    """P's half. Mutable state: `_owner`, which peer holds each slot."""
+    """P's half. Mutable state: which peer holds each slot (`_owner`), and in which order they were taken (`_taken`)."""
 
     def __init__(
         self, layout: KVLayout, copier: Copier, *, slot_bytes: int, num_slots: int, zero: bool = False
@@ -46,6 +46,8 @@ class ShmSender:
         self._zero = zero
         self._slot_bytes = -(-max(slot_bytes, layout.max_item_bytes) // page) * page
         self._owner: list[bytes | None] = [None] * num_slots
+        self._taken = [0] * num_slots
+        self._num_taken = 0
         self._peer_share = max(1, num_slots // 2)  # one hung D can't take the arena from the others
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._size = _HEADER_BYTES + num_slots * self._slot_bytes
@@ -63,11 +65,16 @@ class ShmSender:
             return None
         slot = self._owner.index(None)
         self._owner[slot] = peer
+        self._num_taken += 1
+        self._taken[slot] = self._num_taken
         return slot
 
     def release(self, slot: int, peer: bytes) -> None:
         if 0 <= slot < len(self._owner) and self._owner[slot] == peer:
-            self._owner[slot] = None
+            last = self._taken[slot]
+            for index, owner in enumerate(self._owner):
+                if owner == peer and self._taken[index] <= last:
+                    self._owner[index] = None
 
     def release_peer(self, peer: bytes) -> None:
         self._owner = [None if owner == peer else owner for owner in self._owner]
