@@ -38,6 +38,8 @@ def _phase_failures(phase: dict[str, Any]) -> list[str]:
     ]
     lines += [f"grew: {grown}" for grown in phase["growth"] if not grown["within_bounds"]]
     lines += [f"left behind: {segment}" for segment in phase["leftover_segments"]]
+    if phase["interrupted"]:
+        lines.append("ended early: blocks and growth weren't looked at")
     if phase["longest_wait_s"] > phase["deadline_s"]:
         lines.append(f"a client waited {phase['longest_wait_s']} s of {phase['deadline_s']}")
     hang = phase.get("hang")

@@ -48,6 +48,8 @@ class PhaseRun:
         """The phase's part of the report. The caller stops the service, and then asks for `leftover`."""
         started_s = time.monotonic()
         await self._or_stop(asyncio.to_thread(self._service.await_ready))
+        if self.stop.is_set():
+            await asyncio.to_thread(self._service.stop)  # which ends the wait
         result: dict[str, Any] = {"phase": self._phase.name, "started_after_s": round(time.monotonic() - started_s)}
         if self._phase.hang_rounds:
             self._say("P hangs while D streams")
@@ -87,7 +89,7 @@ class PhaseRun:
         if with_faults:
             beside.append(asyncio.create_task(self._fire.run(fault_schedule(self._seed, self._phase))))
         try:
-            await self._ask_all(requests, max_s)
+            await self._or_stop(self._ask_all(requests, max_s))
         finally:
             for task in beside:
                 task.cancel()
@@ -107,16 +109,16 @@ class PhaseRun:
                     prompt = self._prompts[request.prompt]
                     outcome = await ask(client, self._service.plan.proxy_url, self._service.model, request, prompt)
                     self.outcomes.append(outcome)
-                    if outcome.end in {"error", "lost"} and not self.stop.is_set():
+                    if outcome.end in {"error", "lost"}:
                         await asyncio.sleep(BACK_OFF_S)
                 finally:
                     gate.release()
 
             for index, request in enumerate(requests):
                 due_s = started_s + index // BURST * BURST * every_s
-                await self._or_stop(asyncio.sleep(max(0.0, due_s - time.monotonic())))
+                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
                 await gate.acquire()
-                if self.stop.is_set() or time.monotonic() > started_s + max_s:
+                if time.monotonic() > started_s + max_s:
                     gate.release()
                     return
                 group.create_task(one(request))

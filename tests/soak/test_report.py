@@ -74,6 +74,7 @@ def test_nothing_run_is_a_failure() -> None:
         {"hang": HANG | {"ratio": 1.51}},
         {"hang": HANG | {"gaps_hung": 0}},
         {"longest_wait_s": 121.0},
+        {"interrupted": True},
     ],
     ids=lambda change: json.dumps(change)[:40],
 )
