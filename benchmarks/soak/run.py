@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.soak import hang
 from benchmarks.soak.client import ask, new_client
 from benchmarks.soak.fire import Fire
-from benchmarks.soak.judge import Outcome, Reference, growth, judge
+from benchmarks.soak.judge import Footprint, Outcome, Reference, growth, judge
 from benchmarks.soak.observer import Observer
 from benchmarks.soak.phases import CLIENT_DEADLINE_S, LEASE_S, Phase, fault_schedule
 from benchmarks.soak.service import Service
@@ -25,6 +25,7 @@ BURST = 6  # requests that arrive at once, so that a queue builds up
 BACK_OFF_S = 1.0
 ALL_BACK_S = 150.0  # for what was killed last
 IDLE_S = LEASE_S + 10.0
+CLOSED_S = 6.0  # after which the proxy's and vLLM's kept-alive connections are closed
 PROGRESS_EVERY_S = 10.0
 
 
@@ -57,14 +58,14 @@ class PhaseRun:
         num_warm_up = int(len(requests) * WARM_UP_SHARE)
         await self._load(requests[:num_warm_up], self._phase.max_s * WARM_UP_SHARE, with_faults=False)
         await self._or_stop(self._observer.until_idle(IDLE_S))
-        before = self._observer.footprints()
+        before = await self._footprints()
         await self._load(requests[num_warm_up:], self._phase.max_s * (1 - WARM_UP_SHARE), with_faults=True)
         idle_after_s, held = await self._settle()
         result |= self._counts(len(requests), time.monotonic() - started_s)
         result |= {"idle_after_s": round(idle_after_s, 1), "idle_bound_s": IDLE_S, "held_blocks": held}
         result["growth"] = [
             asdict(grown) | {"within_bounds": grown.within_bounds}
-            for grown in growth(before, self._observer.footprints(), self._phase.prefill)
+            for grown in growth(before, await self._footprints(), self._phase.prefill)
         ]
         return result
 
@@ -133,6 +134,10 @@ class PhaseRun:
         waited_s, held = await self._or_stop(self._observer.until_idle(IDLE_S)) or (0.0, {})
         await asyncio.to_thread(self._observer.look_at_all)
         return waited_s, held
+
+    async def _footprints(self) -> dict[int, Footprint]:
+        await self._or_stop(asyncio.sleep(CLOSED_S))
+        return self._observer.footprints()
 
     def _counts(self, num_planned: int, took_s: float) -> dict[str, Any]:
         verdicts = [judge(outcome, self._references[outcome.request.prompt]) for outcome in self.outcomes]
