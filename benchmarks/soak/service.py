@@ -24,6 +24,7 @@ from twolane.launch.hardware import inspect_machine
 from twolane.launch.model import resolve_model
 from twolane.launch.phases import READY
 from twolane.launch.plan import Plan, ServiceSpec, make_plan
+from twolane.launch.ports import check_ports
 from twolane.launch.process import Child, ProcessId, kill_members, last_lines
 from twolane.launch.progress import Progress
 from twolane.launch.state import ServiceState, read_state
@@ -75,7 +76,8 @@ class Service:
         self.specs = {spec.name: spec for spec in self.plan.services}
 
     def start(self) -> None:
-        """Returns at once; `await_ready` waits. StartError if the supervisor doesn't start."""
+        """Returns at once; `await_ready` waits. StartError if the supervisor doesn't start, or a port is taken."""
+        check_ports(self.plan)
         with control.exclusive(self._files):
             control.start_supervisor(self.plan, self._files)
 
