@@ -28,6 +28,10 @@ WINDOW_S = 10.0
 STREAM_TOKENS = 1500
 LONG_PROMPT_TOKENS = MAX_MODEL_LEN - 16
 RECOVERY_S = 90.0
+POLL_S = 0.2
+NUM_POLLS = 50
+LANDED_BYTES = "twolane_kv_received_bytes_total"
+LANDED_TRANSFERS = "twolane_kv_received_transfers_total"
 
 
 class Gaps:
@@ -119,6 +123,14 @@ async def _quiet(gaps: Gaps) -> list[float]:
     return gaps.within(start_s, time.monotonic())
 
 
+async def _until_some_landed(address: str, before: dict[str, float]) -> None:
+    """Or for some seconds; the caller looks again."""
+    for _ in range(NUM_POLLS):
+        await asyncio.sleep(POLL_S)
+        if (await asyncio.to_thread(watch.metrics, address)).get(LANDED_BYTES, 0.0) > before.get(LANDED_BYTES, 0.0):
+            return
+
+
 async def _hang(client: httpx.AsyncClient, service: Service, rng: random.Random, gaps: Gaps) -> dict[str, Any]:
     """A long prompt; P is stopped when some of its chunks have landed and others haven't."""
     (prefill,), (decode,) = service.ready("prefill"), service.ready("decode")
@@ -129,7 +141,7 @@ async def _hang(client: httpx.AsyncClient, service: Service, rng: random.Random,
     asked_s = time.monotonic()
     asking = asyncio.create_task(client.post(f"{service.plan.proxy_url}/v1/completions", json=body))
     try:
-        await asyncio.sleep(1.5)  # of some four
+        await _until_some_landed(decode_address, before)
         send_signal(prefill.members, signal.SIGSTOP)
         during = await asyncio.to_thread(watch.metrics, decode_address)
         start_s = time.monotonic()
@@ -141,14 +153,10 @@ async def _hang(client: httpx.AsyncClient, service: Service, rng: random.Random,
         (await asking).raise_for_status()
     answered_s = time.monotonic()
 
-    def gained(name: str) -> float:
-        return during.get(name, 0.0) - before.get(name, 0.0)
-
     return {
         "hung": gaps.within(start_s, end_s),
         "until_answered": gaps.within(start_s, answered_s),
-        "in_mid_transfer": gained("twolane_kv_received_bytes_total")
-        > 0
-        == gained("twolane_kv_received_transfers_total"),
+        "in_mid_transfer": during.get(LANDED_BYTES, 0.0) > before.get(LANDED_BYTES, 0.0)
+        and during.get(LANDED_TRANSFERS) == before.get(LANDED_TRANSFERS),
         "answered_after_s": answered_s - asked_s,
     }
