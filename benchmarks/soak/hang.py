@@ -55,6 +55,12 @@ class Gaps:
             if start_s <= after <= end_s
         ]
 
+    def worst(self, start_s: float, end_s: float) -> list[str]:
+        """The longest gaps of the first stream, and when in the window they ended."""
+        pairs = [(after - before, after - start_s) for before, after in itertools.pairwise(self.event_s[0])]
+        within = [pair for pair in pairs if 0 <= pair[1] <= end_s - start_s]
+        return [f"{gap_s * 1e3:.0f} ms at {at_s:.1f} s" for gap_s, at_s in sorted(within, reverse=True)[:3]]
+
 
 async def measure(service: Service, rounds: int, seed: int) -> dict[str, Any]:
     """Pooled p50 and p99 of both, in ms, and each round's. A round without a hang in mid-transfer isn't counted."""
@@ -102,6 +108,7 @@ async def _round(service: Service, rng: random.Random, quiet_first: bool) -> dic
         "quiet_p99_ms": round(percentile(quiet, 0.99) * 1e3, 1),
         "hung_p99_ms": round(percentile(hang["hung"], 0.99) * 1e3, 1),
         "in_mid_transfer": hang["in_mid_transfer"],
+        "worst_hung": hang["worst"],
         "answered_after_s": round(hang["answered_after_s"], 1),
     }
     return {"row": row, "quiet": quiet, **hang}
@@ -155,6 +162,7 @@ async def _hang(client: httpx.AsyncClient, service: Service, rng: random.Random,
 
     return {
         "hung": gaps.within(start_s, end_s),
+        "worst": gaps.worst(start_s, end_s),
         "until_answered": gaps.within(start_s, answered_s),
         "in_mid_transfer": during.get(LANDED_BYTES, 0.0) > before.get(LANDED_BYTES, 0.0)
         and during.get(LANDED_TRANSFERS) == before.get(LANDED_TRANSFERS),

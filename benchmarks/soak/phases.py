@@ -12,12 +12,15 @@ STOP_S = 5.0
 KILL_EVERY_S = 30.0
 LEASE_S = 20.0
 TRANSFER_TIMEOUT_S = 30.0
+PATIENT_S = 20.0  # longer than P hangs: shorter, and D gives up and computes the prompt, which is another thing
 CLIENT_DEADLINE_S = 120.0  # a request that hasn't ended by then is lost
 SMALL_CHUNKS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "32", "--max-model-len", str(MAX_MODEL_LEN))
 NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
 # 17 blocks of 128 tokens hold one longest prompt and nothing else. Without the reservation P takes prompts in that it
 # can't finish side by side, and preempts.
 TINY_KV = ("--num-gpu-blocks-override", "18", "--no-scheduler-reserve-full-isl")
+
+DEADLINES: dict[str, float] = {"lease_s": LEASE_S, "transfer_timeout_s": TRANSFER_TIMEOUT_S}
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,7 @@ class Phase:
     drops: tuple[str, ...] = ()
     hang_rounds: int = 0  # of the measurement of D's streams while P hangs
     fault: str = ""  # in every P, to show that the suite notices
-    extra: dict[str, float] = field(
-        default_factory=lambda: {"lease_s": LEASE_S, "transfer_timeout_s": TRANSFER_TIMEOUT_S}
-    )
+    extra: dict[str, float] = field(default_factory=lambda: dict(DEADLINES))  # of the connector
 
 
 CALM = Phase(
@@ -57,7 +58,8 @@ CALM = Phase(
     max_s=480,
     vllm_args=(*SMALL_CHUNKS, *NO_PREFIX_CACHE),
     stops=("stop P", "stop D"),
-    hang_rounds=3,
+    hang_rounds=4,
+    extra={**DEADLINES, "peer_timeout_s": PATIENT_S},
 )
 TINY = Phase(
     "tiny",
