@@ -20,11 +20,14 @@ ROLES = {"P": "prefill", "D": "decode"}
 class Fire:
     """State: what was injected, by kind. `before_kill` sees an instance a last time."""
 
-    def __init__(self, service: Service, seed: int, before_kill: Callable[[ServiceState], None]) -> None:
+    def __init__(
+        self, service: Service, seed: int, before_kill: Callable[[ServiceState], None], spare_last: bool
+    ) -> None:
         self.injected: Counter[str] = Counter()
         self._service = service
         self._rng = random.Random(seed)
         self._before_kill = before_kill
+        self._least_to_kill = 2 if spare_last else 1
 
     async def run(self, faults: list[Fault]) -> None:
         """Returns when all of them are done; cancel it to end it earlier."""
@@ -37,8 +40,8 @@ class Fire:
     async def _inject(self, fault: Fault) -> None:
         action, role = fault.kind.split()
         ready = self._service.ready(ROLES[role])
-        if not ready:
-            self.injected[f"none: no {role} was ready to {action}"] += 1
+        if len(ready) < (self._least_to_kill if action == "kill" else 1):
+            self.injected[f"left out: {len(ready)} {role} ready to {action}"] += 1
             return
         victim = self._rng.choice(ready)
         self.injected[fault.kind] += 1

@@ -43,6 +43,7 @@ class Phase:
     vllm_args: tuple[str, ...] = SMALL_CHUNKS
     kills: tuple[FaultKind, ...] = ()
     kill_every_s: float = KILL_EVERY_S
+    spare_last: bool = False  # the last of its role isn't killed, or a slow machine answers nothing but 503
     stops: tuple[FaultKind, ...] = ()
     stop_every_s: float = 20.0
     drops: tuple[str, ...] = ()
@@ -82,6 +83,7 @@ KILLS = Phase(
     kills=("kill P", "kill D"),
     stops=("stop P", "stop D"),
     stop_every_s=25.0,
+    spare_last=True,
     drops=("prefill-2",),
 )
 SHORT = Phase(

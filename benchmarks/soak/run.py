@@ -43,7 +43,7 @@ class PhaseRun:
         self._references = references
         self._seed = seed
         self._observer = Observer(service)
-        self._fire = Fire(service, seed, self._observer.look)
+        self._fire = Fire(service, seed, self._observer.look, phase.spare_last)
 
     async def run(self, requests: list[Request]) -> dict[str, Any]:
         """The phase's part of the report. The caller stops the service, and then asks for `leftover`."""
