@@ -26,10 +26,15 @@ class PrefillAgent(Agent):
         bind_address: str,
         registrar: Registrar | None,
         context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        loses_tenth: bool = False,
     ) -> None:
-        """Raises zmq.ZMQError if the address can't be bound."""
+        """`loses_tenth`: a fault for tests, every tenth message isn't sent. Raises zmq.ZMQError if the address can't be
+        bound."""
         super().__init__("twolane-prefill", registrar, context)
         self._outbox: list[tuple[bytes, ToDecode]] = []
+        self._loses_tenth = loses_tenth
+        self._num_sent = 0
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -69,6 +74,10 @@ class PrefillAgent(Agent):
     # -- Links, under the lock
 
     def send(self, peer: bytes, message: ToDecode) -> None:
+        self._num_sent += 1
+        if self._loses_tenth and self._num_sent % 10 == 0:
+            self._side.count_lost_message()
+            return
         self._outbox.append((peer, message))
 
     def watch(self, peer: bytes, pid: int, host: str) -> None:

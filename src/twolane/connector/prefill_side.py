@@ -136,6 +136,10 @@ class PrefillSide:
         """Requests whose blocks nobody reads any more; each once, and only after vLLM named it as finished."""
         return self._offers.take_finished(finished_req_ids, now_s)
 
+    def count_lost_message(self) -> None:
+        """On purpose, by the fault `drop_tenth`."""
+        self._counters.kv_dropped_messages += 1
+
     def take_counters(self) -> Counters:
         taken, self._counters = self._counters, Counters()
         return taken

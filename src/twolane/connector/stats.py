@@ -34,6 +34,7 @@ class Counters:
     kv_sent_bytes: int = 0
     kv_send_failures: dict[str, int] = field(default_factory=dict)
     kv_leases_expired: int = 0
+    kv_dropped_messages: int = 0
     kv_received_transfers: int = 0
     kv_received_tokens: int = 0
     kv_received_bytes: int = 0
@@ -61,6 +62,7 @@ HELP = {
     "kv_sent_bytes": "Bytes of KV this prefill instance sent.",
     "kv_send_failures": "Transfers that this prefill instance didn't send to the end, by cause.",
     "kv_leases_expired": "Transfers whose decode instance never came back; their blocks were freed.",
+    "kv_dropped_messages": "Messages this prefill instance lost on purpose: a fault for tests.",
     "kv_received_transfers": "Transfers of which every byte landed in this decode instance's blocks.",
     "kv_received_tokens": "Tokens whose KV landed in this decode instance's blocks.",
     "kv_received_bytes": "Bytes of KV that landed in this decode instance's blocks.",

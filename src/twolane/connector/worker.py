@@ -84,8 +84,9 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
         )
 
     address = rank_address(facts.rank_0_address, facts.rank)
+    loses = facts.settings.fault == "drop_tenth"
     try:
-        return PrefillAgent(make_side, address, _registrar(facts, me.epoch, context), context)
+        return PrefillAgent(make_side, address, _registrar(facts, me.epoch, context), context, loses_tenth=loses)
     except zmq.ZMQError as error:
         raise ConfigError(
             f"control address {address}: {error.strerror}. Another process has the port? Set another kv_port."
