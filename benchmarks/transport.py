@@ -19,12 +19,14 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import time
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from twolane.connector.agent import SWITCH_INTERVAL_S
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
 from twolane.connector.settings import ConnectorSettings
@@ -56,8 +58,14 @@ def kv_memory(args: argparse.Namespace, num_blocks: int) -> dict[str, torch.Tens
     }
 
 
+def share_the_interpreter() -> None:
+    """As the connector's agent does: these loops poll, and the waiters' threads want a word too."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+
 def receive(args: argparse.Namespace, num_blocks: int, pipe: Connection) -> None:
     """D's process: reads what lies in slots, or nothing at all."""
+    share_the_interpreter()
     torch.cuda.set_device(0)
     kv = kv_memory(args, num_blocks)
     receivers = receivers_for(layout_of(kv, num_blocks), ConnectorSettings(transport=args.transport), lambda: None)
@@ -139,6 +147,7 @@ def pinned_copies() -> dict[str, float]:
 
 def main() -> None:
     args = parse_args()
+    share_the_interpreter()
     lengths = [int(text) for text in args.tokens.split(",")]
     num_blocks = 2 * max(lengths) // BLOCK_TOKENS
     context = multiprocessing.get_context("spawn")

@@ -90,7 +90,7 @@ class Decode:
         invalid: set[int] = set()
 
         def reported() -> bool:
-            finished = self.agent.take_finished()
+            finished = self.agent.take_finished(patient=False)
             invalid.update(finished.invalid_block_ids)
             return finished.req_ids == {"d"}
 

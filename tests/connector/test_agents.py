@@ -48,7 +48,7 @@ def test_chunks_land_while_the_prompt_is_still_computed(prefill: Prefill, decode
     decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
     prefill.compute([3, 4], num_tokens=5)
     agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
-    assert not decode.agent.take_finished().req_ids
+    assert not decode.agent.take_finished(patient=False).req_ids
     prefill.compute([3, 4, 5], num_tokens=11)
     assert decode.wait_finished() == set()
     assert_equal_blocks(prefill, decode, [(3, 20), (4, 21), (5, 22)])

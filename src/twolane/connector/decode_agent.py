@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,11 @@ from twolane.connector.stats import Counters
 from twolane.connector.transport.base import Ticket
 from twolane.errors import TransferError
 from twolane.protocol import ToPrefill, decode_to_decode, encode
+
+# vLLM's engine sleeps 1 ms after a step that computed nothing, and takes up what a step reported in the second step after
+# it. Waiting inside such a step finds the last byte sooner than asking again after a sleep. New requests wait for it
+# too, which is why it is short.
+PATIENCE_S = 0.002
 
 LAST_WORDS_MS = 200  # how long a closed connection may go on sending
 
@@ -36,6 +42,8 @@ class DecodeAgent(Agent):
         self._outbox: list[tuple[zmq.Socket[bytes], ToPrefill]] = []
         self._leaving: list[zmq.Socket[bytes]] = []  # closed once their last words are sent
         self._steps: list[tuple[StepPlan, Ticket]] = []
+        self._landed = threading.Condition(self.lock)
+        self._has_reported = False  # in the last step: the engine is about to compute
         self._side = make_side(self)
 
     # -- engine thread
@@ -52,9 +60,15 @@ class DecodeAgent(Agent):
         with self.lock:
             self._side.end_step()
 
-    def take_finished(self) -> Finished:
+    def take_finished(self, *, patient: bool) -> Finished:
+        """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for."""
         with self.lock:
-            return self._side.take_finished()
+            finished = self._side.take_finished()
+            if patient and not finished.req_ids and not self._has_reported and self._side.is_waiting:
+                self._landed.wait_for(self._side.has_finished, PATIENCE_S)
+                finished = self._side.take_finished()
+            self._has_reported = bool(finished.req_ids)
+        return finished
 
     def take_counters(self) -> Counters:
         return self._side.take_counters()
@@ -97,6 +111,7 @@ class DecodeAgent(Agent):
                     break
                 with self.lock:
                     self._on_frame(address, frame)
+                    self._landed.notify_all()
                 self._flush()
 
     def _on_frame(self, address: str, frame: bytes) -> None:
@@ -122,6 +137,7 @@ class DecodeAgent(Agent):
             self._side.tick(now_s)
             self.tell_proxy(self._side.problem)
             deadline_s = self._side.next_deadline_s
+            self._landed.notify_all()
         self._flush()
         return deadline_s
 

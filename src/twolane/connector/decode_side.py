@@ -433,6 +433,15 @@ class DecodeSide:
         """Why no KV comes from some P, in words; empty: no trouble known."""
         return next((peer.mismatch for peer in self._peers.values() if peer.mismatch), "")
 
+    def has_finished(self) -> bool:
+        """`take_finished` has something."""
+        return bool(self._finished.req_ids)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Some request waits for KV."""
+        return bool(self._open)
+
     @property
     def is_idle(self) -> bool:
         """No transfer is open."""

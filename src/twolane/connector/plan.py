@@ -63,7 +63,7 @@ class Finish:
 class StepPlan:
     """Everything for one step. `preempted`: P's requests whose blocks were taken away before this step's forward.
 
-    `load`: for the registration; None if it isn't known.
+    `is_empty`: nothing is computed in this step. `load`: for the registration; None if it isn't known.
     """
 
     receive: list[Receive] = field(default_factory=list)
@@ -72,4 +72,5 @@ class StepPlan:
     preempted: list[str] = field(default_factory=list)
     advance: list[Advance] = field(default_factory=list)
     finish: list[Finish] = field(default_factory=list)
+    is_empty: bool = False
     load: Load | None = None

@@ -120,6 +120,7 @@ class WorkerSide:
         self._prefill: PrefillAgent | None = None
         self._decode: DecodeAgent | None = None
         self._plan = StepPlan()
+        self._is_idle = False
         self._invalid_block_ids: set[int] = set()
 
     def register(self, kv_caches: dict[str, Any]) -> None:
@@ -137,7 +138,7 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         self._agent.check()
-        self._plan = plan
+        self._plan, self._is_idle = plan, plan.is_empty
         self._agent.begin_step(plan)
         self._agent.tell_load(plan.load)
 
@@ -159,7 +160,7 @@ class WorkerSide:
         if self._prefill is not None:
             return self._prefill.take_finished(finished_req_ids), set()
         assert self._decode is not None
-        finished: Finished = self._decode.take_finished()
+        finished: Finished = self._decode.take_finished(patient=self._is_idle)
         self._invalid_block_ids |= finished.invalid_block_ids
         return set(), finished.req_ids
 
