@@ -156,9 +156,8 @@ class Run:
             self._results.moments.update(by_transfer(read_traces(map(Path, options.trace_files))))
 
     def _trace_files(self, setup: Setup) -> list[Path]:
-        """A worker may put its rank into the name, before or behind the ending."""
         stems = [trace_file(self._options, setup, role) for role in ("prefill", "decode")]
-        return [file for stem in stems for file in sorted(stem.parent.glob(f"{stem.stem}*"))]
+        return [file for stem in stems for file in sorted(stem.parent.glob(f"{stem.name}.*.jsonl"))]
 
     def _remove_old_traces(self, setup: Setup) -> None:
         trace_file(self._options, setup, "prefill").parent.mkdir(parents=True, exist_ok=True)
