@@ -12,6 +12,7 @@ Event = Literal[
     "offered",  # P: the first step that schedules the request begins
     "announced",  # P: D's Announce is there
     "launched",  # P: the forward pass of the last chunk was launched
+    "computed",  # P: its last layer is through, where the transport knows
     "pushed",  # P: the last byte is in D's blocks, or in the last slot
     "allocated",  # D: the scheduler gave the blocks
     "announce_sent",  # D

@@ -59,12 +59,16 @@ class Ticket:
     """A movement of bytes. Until `done`, both the KV memory and the slot belong to the transport.
 
     `slot`: where D finds the bytes; None if they are in D's blocks already. `error`: why it failed, when `done`.
+    `ready_at_s`, `done_at_s`: when the sources were computed and when the bytes had moved, where the transport knows
+    better than who polls.
     """
 
     size_bytes: int
     slot: int | None = None
     done: bool = False
     error: str = ""
+    ready_at_s: float | None = None
+    done_at_s: float | None = None
 
 
 class SendChannel(Protocol):

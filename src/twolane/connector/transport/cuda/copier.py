@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -49,12 +50,13 @@ class Waiter:
     def __init__(self, name: str, device: torch.device, wake: Wake) -> None:
         self._device = device
         self._wake = wake
-        self._queue: SimpleQueue[tuple[torch.cuda.Event, Job] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[torch.cuda.Event | None, torch.cuda.Event, Job] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def add(self, event: torch.cuda.Event, job: Job) -> None:
-        self._queue.put((event, job))
+    def add(self, ready: torch.cuda.Event | None, done: torch.cuda.Event, job: Job) -> None:
+        """`ready`: behind what the job waits on the GPU, where it does."""
+        self._queue.put((ready, done, job))
 
     def close(self, timeout_s: float) -> None:
         self._queue.put(None)
@@ -63,11 +65,15 @@ class Waiter:
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
         while (waiting := self._queue.get()) is not None:
-            event, job = waiting
+            ready, done, job = waiting
             try:
-                event.synchronize()
+                if ready is not None:
+                    ready.synchronize()
+                    job.ticket.ready_at_s = time.monotonic()
+                done.synchronize()
             except RuntimeError as error:  # torch's CUDA errors: the context is lost, the engine will find out too
                 job.ticket.error = f"GPU copy failed: {error}"
+            job.ticket.done_at_s = time.monotonic()
             job.is_through = True
             self._wake()
 
@@ -90,12 +96,12 @@ class Lane:
             self._dense = PlaneTable(dense_planes(planes, self._buffer.data_ptr()), self._buffer.device)
         return self._dense, self._buffer.data_ptr()
 
-    def finish(self, job: Job) -> torch.cuda.Event:
+    def finish(self, job: Job, ready: torch.cuda.Event | None) -> torch.cuda.Event:
         """Everything of the job is on the stream."""
-        event = torch.cuda.Event(blocking=True)
-        event.record(self.stream)
-        self.waiter.add(event, job)
-        return event
+        done = torch.cuda.Event(blocking=True)
+        done.record(self.stream)
+        self.waiter.add(ready, done, job)
+        return done
 
     def close(self, timeout_s: float) -> None:
         self.waiter.close(timeout_s)
@@ -151,7 +157,7 @@ class CudaCopier:
             self._marks.append((index + 1, self._event_now()))
 
     def fence(self) -> Fence:
-        marks = [*self._marks, (len(self._layer_index), self._event_now())]
+        marks = [*self._marks, (len(self._layer_index), self._event_now(blocking=True))]
         self._marks = []
         return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
 
@@ -162,17 +168,17 @@ class CudaCopier:
     def passes(self) -> Ticket:
         ticket = Ticket(0)
         job = Job(ticket, object(), None)
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event = self._event_now(blocking=True)
         if event.query():
             ticket.done = True
         else:
             self._jobs.append(job)
-            self.following.waiter.add(event, job)
+            self.following.waiter.add(None, event, job)
         return ticket
 
-    def _event_now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def _event_now(self, *, blocking: bool = False) -> torch.cuda.Event:
+        """`blocking`: who waits for it sleeps."""
+        event = torch.cuda.Event(blocking=blocking)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
@@ -195,7 +201,7 @@ class CudaCopier:
             for first, end, event in self._groups(fence, len(sources)):
                 lane.stream.wait_event(event)
                 launch(block_ids, self._end_plane[first], self._end_plane[end] - self._end_plane[first])
-        self._begin(lane, owner, ticket, block_ids)
+        self._begin(lane, owner, ticket, block_ids, fence)
 
     def _lane(self, fence: Fence) -> Lane:
         assert isinstance(fence, PassFence)
@@ -220,10 +226,11 @@ class CudaCopier:
         host = torch.tensor([sources, targets], dtype=torch.int32).pin_memory()
         return host.to(self.device, non_blocking=True)
 
-    def _begin(self, lane: Lane, owner: object, ticket: Ticket, keeps: object) -> None:
+    def _begin(self, lane: Lane, owner: object, ticket: Ticket, keeps: object, fence: Fence | None = None) -> None:
         job = Job(ticket, owner, keeps)
         self._jobs.append(job)
-        self._last_copies[lane] = lane.finish(job)
+        ready = fence.events[-1] if isinstance(fence, PassFence) else None
+        self._last_copies[lane] = lane.finish(job, ready)
 
     def poll(self) -> None:
         blocked: list[object] = []
@@ -278,7 +285,7 @@ class CudaCopier:
             lane.stream.wait_event(fence.events[-1])  # type: ignore[attr-defined]
             self._launch_all(self.planes, dense, block_ids)
             driver.copy_to_host(address, base, ticket.size_bytes, lane.stream)
-        self._begin(lane, self, ticket, block_ids)
+        self._begin(lane, self, ticket, block_ids, fence)
         return ticket
 
     def scatter(self, address: int, items: Items) -> Ticket:

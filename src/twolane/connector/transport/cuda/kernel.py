@@ -70,10 +70,9 @@ def _copy(  # type: ignore[no-untyped-def]
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     word, value = tl.load(permit), tl.load(permit + 1)
+    found = value
     if word != 0:
         found = tl.load(word.to(tl.pointer_type(tl.int64)), volatile=True)
-    else:
-        found = value
     if found == value:
         for work in range(program, num_blocks * num_planes, num_programs):
             row = (first_plane + work // num_blocks) * 3
