@@ -124,9 +124,9 @@ class Measurement:
                 self._results.note(f"unloaded: {turn} of {count} requests a length and route fitted into the budget")
                 break
             if turn % STATS_EVERY == STATS_EVERY - 1:
-                await self._fetch_records()
+                await asyncio.to_thread(self.fetch_records)
                 self._say(f"unloaded: {turn + 1} of {count}")
-        await self._fetch_records()
+        await asyncio.to_thread(self.fetch_records)
 
     async def _turn(self, part: Part, turn: int) -> None:
         """The same prompt on every route, who is first changes from turn to turn."""
@@ -214,11 +214,11 @@ class Measurement:
 
     # --- what the other sides counted ---------------------------------------------------------------------------------
 
-    async def _fetch_records(self) -> None:
+    def fetch_records(self) -> None:
+        """What the proxies remember, which is their last 100 requests. Blocks."""
         for live in self._lives:
-            if live.proxy:
-                for record in await asyncio.to_thread(recent_requests, live.proxy):
-                    self._results.proxied[record["request_id"]] = record
+            for record in recent_requests(live.proxy) if live.proxy else []:
+                self._results.proxied[record["request_id"]] = record
 
     async def _sources(self) -> dict[str, dict[str, float]]:
         return {

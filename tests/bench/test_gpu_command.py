@@ -106,6 +106,7 @@ def test_ctrl_c_saves_what_there_is_and_leaves_nothing(place: Place, number: sig
     assert run.returncode == 130, err
     told = json.loads(out.splitlines()[-1])
     assert told["notes"] == ["interrupted"]
+    assert place.saved()["results"]["proxied"]
     assert told["unloaded"]["auto, 16"]["n"] > 0
     assert place.nothing_runs()
 
