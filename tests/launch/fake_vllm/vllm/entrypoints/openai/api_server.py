@@ -15,8 +15,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from twolane.connector.trace import Event, Trace
+
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
+PREFILL_EVENTS: tuple[Event, ...] = ("offered", "announced", "launched", "computed", "pushed")
+DECODE_EVENTS: tuple[Event, ...] = ("allocated", "announce_sent", "landed", "reported", "stepped")
 
 
 class Engine:
@@ -27,6 +31,16 @@ class Engine:
         self.names = names
         self.model = model
         self.moved = 0
+        trace_file = (config or {}).get("kv_connector_extra_config", {}).get("trace_file", "")
+        self.trace = Trace(trace_file, "P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0)
+
+    def note_transfer(self, params: dict[str, Any]) -> None:
+        """As the connector would, all of it at once."""
+        prefill = bool(params.get("do_remote_decode"))
+        for event in PREFILL_EVENTS if prefill else DECODE_EVENTS:
+            self.trace.note(params["transfer_id"], event)
+        if not prefill:
+            self.moved += 4
 
     def register(self) -> None:
         extra = self.config["kv_connector_extra_config"]
@@ -67,8 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if (body.get("kv_transfer_params") or {}).get("do_remote_prefill"):
-            self.engine.moved += 4
+        if params := body.get("kv_transfer_params"):
+            self.engine.note_transfer(params)
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"content": TEXT}} if "messages" in body else {"text": TEXT}
         usage = self.engine.usage(body.get("max_tokens", TOKENS))
