@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +23,10 @@ from twolane.connector.stats import Counters
 logger = logging.getLogger("vllm.twolane")
 
 TICK_MS = 200  # how often deadlines are looked at; every deadline is seconds
+
+# How long a thread that computes in Python may keep the interpreter while another wants it. Python's 5 ms are as long as
+# a step of D: word of the last byte waited that long for P's engine to finish its bookkeeping (docs/LOG.md).
+SWITCH_INTERVAL_S = 0.0002
 
 
 class Agent(ABC):
@@ -45,6 +50,7 @@ class Agent(ABC):
     # -- engine thread
 
     def start(self) -> None:
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
         self.poller.register(self._wake_fd, zmq.POLLIN)
         self._thread.start()
 
