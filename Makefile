@@ -4,7 +4,7 @@ BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status install lint test lock clean
+.PHONY: help up down status install lint test matrix soak lock clean
 
 help:  ## Show this
 	@echo "TwoLane: make WORD, where WORD is one of"
@@ -28,8 +28,14 @@ lint: install  ## ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-test: lint  ## lint, then all tests (they start real engines: about 12 minutes on 2 cores)
+test: lint  ## lint, then all tests (they start real engines: about 16 minutes on 2 cores)
 	.venv/bin/python -m pytest
+
+matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
+	$(PYTHON) scripts/matrix.py $(VERSIONS)
+
+soak: install  ## The connector under fire: 2,000 requests, instances killed all the time (30 minutes on 2 cores)
+	.venv/bin/python -m benchmarks.soak
 
 lock:  ## Resolve requirements/*.in into the lock files again
 	$(PYTHON) scripts/lock.py

@@ -17,11 +17,23 @@ Kind = Literal["twolane", "nixl", "p2pnccl"]
 
 PROTOCOL_VERSION = 2
 REGISTER_EVERY_S = 3.0
+LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
 SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
 
 
+class Load(msgspec.Struct, frozen=True):
+    """What an instance has to do and what room it has, after its engine's last step."""
+
+    free_blocks: int
+    num_blocks: int  # KV blocks in all
+    block_size: int  # slots a block
+    num_running: int  # requests that have their blocks; on D also those whose KV has not landed yet
+    num_waiting: int  # requests that have none, for want of blocks or because it isn't their turn
+
+
 class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An instance says that it is there: every 3 s, from a DEALER whose identity is its `zmq_address`; no reply.
+    """An instance says that it is there: every 3 s (sooner when its load changed much), from a DEALER whose identity is
+    its `zmq_address`; no reply.
 
     `type`, `http_address` and `zmq_address` are all that a P2pNcclConnector instance sends; unknown keys are ignored.
     """
@@ -32,8 +44,10 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: Kind = "p2pnccl"
     epoch: str = ""  # new at every start of the instance
     leaving: bool = False  # last words at a clean stop
+    problem: str = ""  # why KV can't move here, in words; empty: no trouble known
     sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
     signature: str = ""  # see `sign_registration`
+    load: Load | None = None  # None: not known
 
 
 class HandoffParams(msgspec.Struct, frozen=True):
@@ -77,16 +91,27 @@ class KVFormat(msgspec.Struct, frozen=True):
     tp_size: int
     regions: list[tuple[int, int]]  # per layer, in layer order: (pieces a block, bytes a piece)
 
+    def in_words(self) -> dict[str, str]:
+        layers = ", ".join(f"{self.regions.count(r)} layers of {r[0]} x {r[1]} B" for r in dict.fromkeys(self.regions))
+        return {
+            "connector's protocol": str(self.protocol),
+            "model": self.model,
+            "dtype (KV/model)": self.kv_dtype,
+            "block size": str(self.block_size),
+            "tensor parallelism": str(self.tp_size),
+            "KV layout of a block": layers,
+        }
+
     def difference_from(self, prefill: KVFormat) -> str:
         """What differs between D's format (self) and P's, in words, with the remedy; empty if nothing does."""
-        differing = [
-            f"{name}: prefill {getattr(prefill, name)!r}, decode {getattr(self, name)!r}"
-            for name in self.__struct_fields__
-            if getattr(self, name) != getattr(prefill, name)
-        ]
-        if not differing:
+        if self == prefill:
             return ""
-        return f"the KV caches don't match ({'; '.join(differing)}). Start both with the same model and settings."
+        mine, theirs = self.in_words(), prefill.in_words()
+        differing = [
+            f"{name}: prefill {theirs[name]}, decode {mine[name]}" for name in mine if mine[name] != theirs[name]
+        ]
+        what = "; ".join(differing) or "the order of the layers"
+        return f"the KV caches don't match ({what}). Start both with the same model and settings."
 
 
 # --- control messages, D's worker to P's worker (same rank) -----------------------------------------------------------
@@ -109,7 +134,7 @@ class TransportOffer(msgspec.Struct, frozen=True):
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """First message on a connection: what D is and what it can receive with, best first. P answers Welcome or
-    Refused."""
+    Mismatch."""
 
     me: Identity
     format: KVFormat
@@ -160,7 +185,16 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     transport: TransportOffer
 
 
+class Mismatch(msgspec.Struct, frozen=True, tag="mismatch"):
+    """The handshake is over, but no KV can move. The connection stays, so that D's Cancels free P's blocks at once."""
+
+    me: Identity
+    reason: str
+
+
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """P doesn't understand, or doesn't know who is speaking. D begins anew."""
+
     reason: str
 
 
@@ -168,12 +202,15 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
     """Items [first_item, first_item + num_items) of the transfer lie in `slot`, or in D's blocks if there is none.
 
     An item is one layer of one block; items are numbered block by block in announced order, layers inside a block.
+    `computed_at_s`: P's CLOCK_MONOTONIC when it last computed something of the prompt; in the last push its last layer.
+    That clock is the host's: D may compare it with its own where P's host is its own host, and nowhere else.
     """
 
     transfer_id: str
     first_item: int
     num_items: int
     slot: int | None
+    computed_at_s: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -191,7 +228,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 ToPrefill = Hello | Announce | Credit | Cancel | Ping
-ToDecode = Welcome | Refused | Push | Abort | Pong
+ToDecode = Welcome | Mismatch | Refused | Push | Abort | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 encode_json = msgspec.json.Encoder().encode

@@ -98,8 +98,8 @@ class Decode:
         return invalid
 
 
-def start_prefill(settings: ConnectorSettings, **changes: Any) -> Prefill:
-    port, kv = free_port(), kv_memory(fill=True)
+def start_prefill(settings: ConnectorSettings, port: int = 0, **changes: Any) -> Prefill:
+    port, kv = port or free_port(), kv_memory(fill=True)
     agent = make_prefill_agent(facts(settings, is_prefill=True, port=port, **changes), kv)
     agent.start()
     return Prefill(agent, f"127.0.0.1:{port}", kv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from tests.connector import agents
 from tests.connector.agents import Decode, Prefill, start_decode, start_prefill
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.settings import ConnectorSettings
-from twolane.protocol import Cancel, Credit, Pong, encode
+from twolane.protocol import Cancel, Credit, Pong, encode, split_address
 
 SETTINGS = ConnectorSettings(slot_bytes=4096, num_slots=4, lease_s=1.0, peer_timeout_s=1.0, transfer_timeout_s=2.0)
 
@@ -210,14 +211,60 @@ def test_a_prompt_that_differs_is_refused(prefill: Prefill, decode: Decode) -> N
     prefill.wait_freed(timeout_s=0.8)
 
 
-@pytest.mark.parametrize("changes", [{"model": "other"}, {"kv_dtype": "bfloat16"}, {"tp_size": 2}])
-def test_kv_that_does_not_match_is_refused_and_named(prefill: Prefill, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("model", {"model": "other"}),
+        ("dtype (KV/model)", {"kv_dtype": "bfloat16"}),
+        ("tensor parallelism", {"tp_size": 2}),
+        ("block size", {"block_size": 8}),
+    ],
+)
+def test_kv_that_does_not_match_is_refused_and_named_once(
+    prefill: Prefill,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    changes: dict[str, object],
+) -> None:
+    """Once on each side, however many requests come; and P's blocks don't wait for their lease."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     decode = start_decode(SETTINGS, **changes)
     try:
-        decode.receive(prefill.address, [20], num_tokens=4)
-        assert decode.wait_finished() == {20}
+        for turn in range(3):
+            prefill.offer(f"t{turn}")
+            prefill.compute([3], 4)
+            decode.receive(prefill.address, [20], num_tokens=4, transfer_id=f"t{turn}")
+            assert decode.wait_finished() == {20}
+            prefill.finish()
+            prefill.wait_freed(timeout_s=0.8)
+        errors = [record.getMessage() for record in caplog.records if record.levelname in {"WARNING", "ERROR"}]
+        assert len(errors) == 2, errors
+        assert all(f"{name}: prefill " in error and "Start both with the same model" in error for error in errors)
+        refused = [side.agent.take_counts()["kv_refused_peers"] for side in (decode, prefill)]
+        assert refused == [1, 1]
+        assert not decode.kv["layer.0"].any()
     finally:
         decode.agent.stop()
+
+
+def test_a_p_that_comes_back_with_the_right_kv_is_used(decode: Decode) -> None:
+    """At the same address, where KV did not match before."""
+    wrong = start_prefill(SETTINGS, model="other")
+    decode.receive(wrong.address, [20], num_tokens=4)
+    assert decode.wait_finished() == {20}
+    wrong.agent.stop()
+    right = start_prefill(SETTINGS, port=split_address(wrong.address)[1])
+    try:
+        decode.receive(right.address, [20], num_tokens=4, transfer_id="u")  # D's Hello was for the other P
+        assert decode.wait_finished() == {20}
+        right.offer("v")
+        right.compute([3], 4)
+        agents.wait_for(lambda: not decode.agent._side._peers)
+        decode.receive(right.address, [21], num_tokens=4, transfer_id="v")
+        assert decode.wait_finished() == set()
+    finally:
+        right.agent.stop()
 
 
 def test_a_transfer_id_used_twice_disturbs_nobody(prefill: Prefill, decode: Decode) -> None:

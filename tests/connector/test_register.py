@@ -6,13 +6,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
-from tests.connector.agents import free_port, start_prefill
+from tests.connector.agents import free_port, start_decode, start_prefill
+from twolane.connector.register import changed_much
 from twolane.connector.settings import ConnectorSettings, parse_settings, read_secret
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, decode_registration, is_signed
+from twolane.protocol import (
+    REGISTER_EVERY_S,
+    Load,
+    Registration,
+    decode_registration,
+    encode,
+    is_signed,
+    sign_registration,
+)
 
 
 @pytest.fixture
@@ -43,6 +53,19 @@ def test_it_registers_at_once_and_says_when_it_leaves(proxy: tuple[zmq.Socket[by
     )
 
 
+def test_d_tells_the_proxy_why_no_kv_moves(proxy: tuple[zmq.Socket[bytes], str]) -> None:
+    socket, address = proxy
+    prefill = start_prefill(ConnectorSettings(), model="other")
+    decode = start_decode(ConnectorSettings(http_address="127.0.0.1:20005", discovery_address=address))
+    try:
+        assert not receive(socket)[1].problem
+        decode.receive(prefill.address, [20], num_tokens=4)
+        assert "model: prefill other, decode tiny" in receive(socket)[1].problem
+    finally:
+        prefill.agent.stop()
+        decode.agent.stop()
+
+
 def test_it_signs_with_the_shared_secret(proxy: tuple[zmq.Socket[bytes], str], tmp_path: Path) -> None:
     socket, address = proxy
     secret_file = tmp_path / "secret"
@@ -70,3 +93,54 @@ def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_an_unknown_key_is_an_error_that_tells_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"lease_sec.*knows these keys: host, http_address"):
         parse_settings({"lease_sec": 3})
+
+
+IDLE = Load(free_blocks=100, num_blocks=100, block_size=16, num_running=0, num_waiting=0)
+
+
+def test_it_tells_its_load_and_a_large_change_at_once(proxy: tuple[zmq.Socket[bytes], str]) -> None:
+    socket, address = proxy
+    prefill = start_prefill(ConnectorSettings(http_address="127.0.0.1:20003", discovery_address=address))
+    try:
+        assert receive(socket)[1].load is None, "no step yet"
+        busy = msgspec.structs.replace(IDLE, num_running=1, free_blocks=90)
+        sent_at_s = time.monotonic()
+        for load in (IDLE, busy, IDLE, busy):
+            prefill.agent.tell_load(load)
+        assert receive(socket)[1].load == busy
+        prefill.agent.tell_load(IDLE)
+        assert receive(socket)[1].load == IDLE
+        assert 0.5 <= time.monotonic() - sent_at_s < REGISTER_EVERY_S, "sooner, but not at every change"
+    finally:
+        prefill.agent.stop()
+
+
+@pytest.mark.parametrize(
+    ("changes", "much"),
+    [
+        ({}, False),
+        ({"num_running": 11}, False),
+        ({"num_running": 13}, True),
+        ({"num_running": 7}, True),
+        ({"num_running": 9, "num_waiting": 1}, True),
+        ({"free_blocks": 40}, False),
+        ({"free_blocks": 37}, True),
+    ],
+)
+def test_what_a_large_change_is(changes: dict[str, int], much: bool) -> None:
+    told = msgspec.structs.replace(IDLE, num_running=10, free_blocks=50)
+    assert changed_much(told, msgspec.structs.replace(told, **changes)) is much
+
+
+def test_the_signature_covers_the_load() -> None:
+    signed = sign_registration(Registration("D", "127.0.0.1:1", "127.0.0.1:2", load=IDLE), "secret", 1.0)
+    assert is_signed(decode_registration(encode(signed)), "secret", 1.0)
+    better = msgspec.structs.replace(IDLE, free_blocks=10**6)
+    assert not is_signed(msgspec.structs.replace(signed, load=better), "secret", 1.0)
+
+
+def test_without_a_load_it_is_the_old_connectors_map() -> None:
+    """What vLLM's P2pNcclConnector sent and what routers made for it read."""
+    fields = {"type": "P", "http_address": "127.0.0.1:1", "zmq_address": "127.0.0.1:2"}
+    assert msgspec.msgpack.decode(encode(Registration("P", "127.0.0.1:1", "127.0.0.1:2"))) == fields
+    assert decode_registration(msgspec.msgpack.encode(fields)).load is None

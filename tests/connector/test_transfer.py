@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twolane.connector.stats import Cause
 from twolane.connector.transfer import Incoming, IncomingState, ItemRange, Outgoing
 from twolane.connector.transport.base import Fence
 from twolane.errors import TransferError
@@ -118,7 +119,7 @@ def test_a_repeated_push_is_an_error() -> None:
 def test_a_block_of_which_a_layer_is_missing_is_invalid() -> None:
     inc = incoming(num_tokens=10)
     land(inc, ItemRange(0, LAYERS + 2), 1.0)
-    inc.fail("P died", 2.0)
+    inc.fail(Cause.PEER_DIED, "P died", 2.0)
     assert inc.invalid_blocks() == [101, 102]
     assert inc.landed_tokens == BLOCK_SIZE
 
@@ -139,7 +140,7 @@ def test_blocks_that_are_being_read_are_not_free() -> None:
 def test_a_failed_transfer_is_over_only_when_p_writes_no_more() -> None:
     inc = incoming()
     inc.begun(ItemRange(0, 2))
-    inc.fail("client gone", 1.0, dropped=True)
+    inc.fail(Cause.CANCELLED, "client gone", 1.0, dropped=True)
     assert inc.state is IncomingState.ENDING
     inc.fence()
     before = inc.is_over  # a read is in flight
@@ -151,7 +152,7 @@ def test_a_failed_transfer_is_over_only_when_p_writes_no_more() -> None:
 def test_a_transfer_nobody_knows_of_is_over_at_once() -> None:
     _, announce = outgoing()
     inc = Incoming("r", announce, "p:1", LAYERS, BLOCK_SIZE, progress_at_s=0.0)
-    inc.fail("client gone", 1.0, dropped=True)
+    inc.fail(Cause.CANCELLED, "client gone", 1.0, dropped=True)
     assert inc.is_over
 
 

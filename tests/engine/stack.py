@@ -44,8 +44,8 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def make_test_plan(log_dir: Path, **changes: Any) -> Plan:
-    """1P1D of the default model on free ports, with small prefill chunks."""
+def make_test_plan(log_dir: Path, *more_args: str, **changes: Any) -> Plan:
+    """1P1D of the default model on free ports, with small prefill chunks. `more_args` go to both instances."""
     proxy, discovery, prefill, decode, prefill_kv, decode_kv = free_ports(6)
     env_settings = load({}, {}, Path("no such file")).settings
     settings = replace(
@@ -56,7 +56,7 @@ def make_test_plan(log_dir: Path, **changes: Any) -> Plan:
         decode_http_port=decode,
         prefill_kv_port=prefill_kv,
         decode_kv_port=decode_kv,
-        vllm_args=("--max-num-batched-tokens", str(CHUNK_TOKENS)),
+        vllm_args=("--max-num-batched-tokens", str(CHUNK_TOKENS), *more_args),
         log_dir=log_dir,
         **changes,
     )
@@ -95,7 +95,7 @@ class Instance:
     child: Child
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, by name and labels without the engine's and the model's."""
+        """Every sample of /metrics, by name and the labels that tell several of one name apart here."""
         status, body = request(self.spec.address, "GET", "/metrics")
         assert status == 200
         samples: dict[str, float] = {}
@@ -127,7 +127,7 @@ class Instance:
 
 def _short(key: str) -> str:
     name, _, labels = key.partition("{")
-    kept = [part for part in labels.rstrip("}").split(",") if part.partition("=")[0] == "source"]
+    kept = [part for part in labels.rstrip("}").split(",") if part.partition("=")[0] in ("source", "cause")]
     return f"{name}{{{','.join(kept)}}}" if kept else name
 
 

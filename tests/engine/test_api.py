@@ -11,10 +11,11 @@ from pathlib import Path
 import httpx
 import msgspec
 import openai
+import psutil
 import pytest
 
 from tests.engine.conftest import make_prompts
-from tests.engine.stack import Instance, Stack, complete, completion_body, free_ports, wait_for
+from tests.engine.stack import BLOCK_SIZE, Instance, Stack, complete, completion_body, free_ports, wait_for
 from twolane.launch.process import Child
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -95,6 +96,41 @@ def test_health_and_stats_know_both_lanes(stack: Stack) -> None:
     assert (health.status_code, health.json()["status"]) == (200, "ok")
     instances = {instance["role"]: instance for instance in stack.stats()["instances"]}
     assert {role: instance["state"] for role, instance in instances.items()} == {"P": "ready", "D": "ready"}
+
+
+def cpu_seconds(instance: Instance) -> float:
+    times = [psutil.Process(member.pid).cpu_times() for member in instance.child.look()]
+    return float(sum(t.user + t.system for t in times))
+
+
+def test_stats_show_what_the_engines_hold(stack: Stack, prefill: Instance, decode: Instance) -> None:
+    """While a request runs, and that an idle engine's last word is that all of it came back."""
+
+    def load(role: str) -> dict[str, int]:
+        (found,) = [instance["load"] for instance in stack.stats()["instances"] if instance["role"] == role]
+        assert isinstance(found, dict)
+        return found
+
+    def is_idle(role: str) -> bool:
+        now = load(role)
+        return now["num_running"] == now["num_waiting"] == 0 and now["free_blocks"] == now["num_blocks"]
+
+    (prompt,) = make_prompts(seed=11, lengths=[2000])
+    body = completion_body(stack, prompt, 200, stream=True)
+    with httpx.stream("POST", f"{stack.url}/v1/completions", json=body, timeout=60) as answer:
+        chunks = answer.iter_lines()
+        next(chunks)
+        wait_for("D's word of it", lambda: load("D")["num_running"] == 1, 3)
+        assert load("D")["num_blocks"] - load("D")["free_blocks"] >= 2000 // BLOCK_SIZE
+        assert load("D")["block_size"] == BLOCK_SIZE
+        for _ in chunks:
+            pass
+    wait_for("both idle", lambda: is_idle("P") and is_idle("D"), 5)
+    assert all(instance["foreign"] == 0 for instance in stack.stats()["instances"])
+    before_s = [cpu_seconds(instance) for instance in (prefill, decode)]
+    time.sleep(2)
+    after_s = [cpu_seconds(instance) for instance in (prefill, decode)]
+    assert max(after - before for after, before in zip(after_s, before_s, strict=True)) < 0.5, "it doesn't step on"
 
 
 def test_a_proxy_made_for_p2p_nccl_moves_the_kv_too(

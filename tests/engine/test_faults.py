@@ -39,6 +39,7 @@ def http_request(path: str, body: dict[str, object]) -> bytes:
     return f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
 
 
+@pytest.mark.matrix
 def test_a_client_that_leaves_in_mid_prefill_frees_both_sides(
     stack: Stack, prefill: Instance, decode: Instance
 ) -> None:
@@ -87,6 +88,7 @@ def test_p_killed_in_mid_prefill_with_another_p(
     wait_for("all blocks back", lambda: all_free([prefill, decode]), 5)
 
 
+@pytest.mark.matrix
 def test_the_only_p_killed_in_mid_prefill_and_d_computes_alone(
     stack: Stack, prefill: Instance, decode: Instance, single_url: str
 ) -> None:
@@ -101,6 +103,7 @@ def test_the_only_p_killed_in_mid_prefill_and_d_computes_alone(
         got = answer.result()
     assert got == complete(single_url, body)
     assert decode.tokens_by_source()["local_compute"] - computed > 1, "D computed what P didn't send"
+    assert decode.metrics()['twolane_kv_receive_failures_total{cause="peer_died"}'] >= 1
     wait_for("all blocks back", lambda: all_free([decode]), 5)
     health = httpx.get(f"{stack.url}/health")
     assert (health.status_code, health.json()["status"]) == (200, "degraded")

@@ -39,10 +39,17 @@ def sent_tokens(instance: Instance) -> int:
     return int(instance.metrics()["twolane_kv_sent_tokens_total"])
 
 
+def timed_transfers(prefill: Instance, decode: Instance) -> dict[str, int]:
+    """How many observations each histogram holds."""
+    names = {"computed_to_sent": prefill, "computed_to_landed": decode, "first_block": decode, "wait": decode}
+    return {name: int(instance.metrics()[f"twolane_kv_{name}_seconds_count"]) for name, instance in names.items()}
+
+
+@pytest.mark.matrix
 def test_tokens_equal_a_single_instances_and_d_computed_one_token_of_each_prompt(
     stack: Stack, prefill: Instance, decode: Instance, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    computed, sent = decode.tokens_by_source(), sent_tokens(prefill)
+    computed, sent, timed = decode.tokens_by_source(), sent_tokens(prefill), timed_transfers(prefill, decode)
     answers = [complete(stack.url, completion_body(stack, prompt, NUM_TOKENS)) for prompt in prompts]
     assert answers == expected
     assert difference(decode.tokens_by_source(), computed) == {
@@ -51,8 +58,11 @@ def test_tokens_equal_a_single_instances_and_d_computed_one_token_of_each_prompt
         "external_kv_transfer": sum(LENGTHS) - len(prompts),
     }
     assert sent_tokens(prefill) - sent == sum(LENGTHS) - len(prompts)
+    num_transfers = sum(length > 1 for length in LENGTHS)
+    assert set(difference(timed_transfers(prefill, decode), timed).values()) == {num_transfers}
 
 
+@pytest.mark.matrix
 def test_the_same_prompts_again_are_not_sent_again(
     stack: Stack, prefill: Instance, decode: Instance, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
@@ -71,6 +81,7 @@ def test_the_same_prompts_again_are_not_sent_again(
     assert sent_tokens(prefill) - sent == 2 * rest
 
 
+@pytest.mark.matrix
 def test_sixteen_at_once(stack: Stack, decode: Instance, single_url: str) -> None:
     prompts = make_prompts(seed=2, lengths=LENGTHS[:16])
     bodies = [completion_body(stack, prompt, NUM_TOKENS) for prompt in prompts]

@@ -154,3 +154,23 @@ def test_vllms_own_connectors_are_configured_and_refused_where_there_are_none(tm
         check_kv("p2pnccl", "cuda", tmp_path)
     with pytest.raises(ConfigError, match="CPU engine"):
         check_kv("nixl", "cpu", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prefill_args": ("--tensor-parallel-size", "2")}, "equal tensor parallelism, but it is prefill 2, decode 1"),
+        ({"decode_args": ("-tp=2",)}, "equal tensor parallelism, but it is prefill 1, decode 2"),
+        ({"vllm_args": ("--pipeline-parallel-size=2",)}, "prefill: the lanes do no pipeline parallelism"),
+        ({"decode_args": ("--speculative-config", "{}")}, "decode: the lanes do no speculative decoding"),
+    ],
+)
+def test_options_with_which_no_kv_could_move_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        make_plan(Settings(**changes), CPU, MODEL)
+    make_plan(Settings(**changes, kv="nixl"), CPU, MODEL)
+
+
+def test_two_ranks_on_the_cpu_are_two_processes() -> None:
+    plan = make_plan(Settings(vllm_args=("--tensor-parallel-size", "2")), CPU, MODEL)
+    assert [value_after(spec, "--distributed-executor-backend") for spec in plan.instances()] == ["mp", "mp"]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.launch.fakes import make_run, server_spec
 from twolane.errors import ConfigError
 from twolane.launch.firstlight import prompt_sources, read_stream
 from twolane.launch.phases import IMPORTING, next_phase
 from twolane.launch.ports import check_ports
+from twolane.launch.status import print_status
 
 LOG = """\
 (APIServer pid=1) INFO 11-22 16:12:01 [api_utils.py:286] non-default args: {'host': '127.0.0.1'}
@@ -72,3 +76,15 @@ def test_the_first_answer_is_put_together_from_its_stream() -> None:
     text, usage = read_stream(b"\n\n".join(events) + b"\n\n")
     assert (text, usage["prompt_tokens"]) == (" Paris", 5)
     assert read_stream(b"\n\n".join(events[:2])) == (" Paris", {}), "a cut stream has no usage"
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, False), (120, True)])
+def test_status_shows_the_engines_load_where_the_terminal_has_room(width: int, shown: bool) -> None:
+    load = {"num_waiting": 3, "num_blocks": 200, "free_blocks": 175, "num_running": 5, "block_size": 16}
+    row: dict[str, Any] = dict.fromkeys(("pid", "kv_port", "uptime_s", "memory_bytes", "in_flight", "restarts"))
+    row |= {"name": "decode", "role": "decode", "gpus": [], "http_port": 20005, "state": "ready", "load": load}
+    console = Console(width=width, file=io.StringIO())
+    report = {"running": True, "state": "ready", "url": "http://x", "models": ["m"], "services": [row]}
+    print_status(report, console)
+    assert isinstance(console.file, io.StringIO)
+    assert ("87%" in console.file.getvalue()) is shown

@@ -6,6 +6,7 @@ import pytest
 
 from twolane.protocol import Registration
 from twolane.proxy.pool import Instance, Pool, Probe, State, Ticket
+from twolane.proxy.stats import instance_dict
 
 EXPIRY_S = 15.0
 EVERY_S = 1.0
@@ -167,3 +168,13 @@ def test_instance_given_by_a_flag_never_expires(pool: Pool) -> None:
     (instance,) = pool.due_probes(1000.0)
     pool.probed(instance, Probe.HEALTHY, now=1000.0)
     assert list(pool.ready("P")) == [instance]
+
+
+def test_what_an_instance_says_is_wrong_with_it_is_shown_until_it_says_otherwise(pool: Pool) -> None:
+    instance = ready(pool, "D")
+    assert instance_dict(instance, 0.0)["problem"] is None
+    pool.register(registration("D", problem="the KV caches don't match"), 3.0)
+    assert instance_dict(instance, 3.0)["problem"] == "the KV caches don't match"
+    assert instance.state is State.READY, "it answers all the same"
+    pool.register(registration("D"), 6.0)
+    assert instance_dict(instance, 6.0)["problem"] is None

@@ -17,15 +17,16 @@ import zmq
 
 from twolane.connector.host import open_pidfd
 from twolane.connector.register import Registrar
-from twolane.connector.stats import Counters
+from twolane.connector.stats import Counters, Counts
+from twolane.protocol import Load
 
 # vLLM configures the logger "vllm" in its processes, nobody the root logger: only below "vllm" are we seen.
 logger = logging.getLogger("vllm.twolane")
 
 TICK_MS = 200  # how often deadlines are looked at; every deadline is seconds
 
-# How long a thread that computes in Python may keep the interpreter while another wants it. Python's 5 ms are as long as
-# a step of D: word of the last byte waited that long for P's engine to finish its bookkeeping (docs/LOG.md).
+# How long a thread that computes in Python may keep the interpreter while another wants it. Python's 5 ms are as long
+# as a step of D: word of the last byte waited that long for P's engine to finish its bookkeeping (docs/LOG.md).
 SWITCH_INTERVAL_S = 0.0002
 
 
@@ -39,7 +40,6 @@ class Agent(ABC):
         self.context = context
         self.poller = zmq.Poller()
         self._registrar = registrar
-        self._reported = Counters()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._fatal: BaseException | None = None
@@ -69,16 +69,19 @@ class Agent(ABC):
         if self._fatal is not None:
             raise RuntimeError("TwoLane's transfer thread died; this instance can't go on") from self._fatal
 
-    def take_counts(self) -> dict[str, int]:
-        """What was counted since the last call."""
-        with self.lock:
-            delta = self.counters.since(self._reported)
-            self._reported = self.counters.copy()
-        return delta
+    def tell_load(self, load: Load | None) -> None:
+        """For the next registration, which comes the sooner the more it changed."""
+        if self._registrar is not None:
+            self._registrar.load = load
 
-    @property
+    def take_counts(self) -> Counts:
+        """What was counted since the last call, without what didn't."""
+        with self.lock:
+            return self.take_counters().nonzero()
+
     @abstractmethod
-    def counters(self) -> Counters: ...
+    def take_counters(self) -> Counters:
+        """What the side counted since the last call. Under the lock."""
 
     # -- agent thread
 
@@ -98,6 +101,11 @@ class Agent(ABC):
     @abstractmethod
     def close(self) -> None:
         """Closes sockets and transports; the last thing the thread does."""
+
+    def tell_proxy(self, problem: str) -> None:
+        """What the proxy shows beside this instance; empty: no trouble. Under the lock."""
+        if self._registrar is not None:
+            self._registrar.problem = problem
 
     def watch_process(self, peer: bytes | str, pid: int, host: str) -> None:
         """Raises ProcessLookupError if it is dead already."""

@@ -14,16 +14,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from twolane.connector.load import LoadMeter
 from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
 from twolane.connector.plan import StepPlan
 from twolane.connector.scheduler import DecodeScheduler, PrefillScheduler
 from twolane.connector.settings import parse_settings
+from twolane.connector.supported import refuse_unsupported
 from twolane.connector.worker import WorkerFacts, WorkerSide
-from twolane.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -37,26 +39,13 @@ class TwoLaneMetadata(StepPlan, KVConnectorMetadata):  # type: ignore[misc]  # v
 
 def _model_identity(config: VllmConfig) -> str:
     """The same on both sides if they serve the same architecture in the same configuration, wherever it lies."""
-    hf_config = config.model_config.hf_config.to_dict()
+    model = config.model_config
+    hf_config = model.hf_config.to_dict()
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         hf_config.pop(key, None)
     digest = hashlib.sha256(repr(sorted(hf_config.items(), key=str)).encode()).hexdigest()[:16]
-    return f"{'/'.join(config.model_config.hf_config.architectures or ())}:{digest}"
-
-
-def _refuse_unsupported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Raises ConfigError for what would hang or answer wrongly."""
-    transfer, parallel = config.kv_transfer_config, config.parallel_config
-    if transfer.kv_role not in ("kv_producer", "kv_consumer"):
-        raise ConfigError(f"kv_role {transfer.kv_role!r}: TwoLane has kv_producer (P) and kv_consumer (D) instances.")
-    if transfer.kv_load_failure_policy != "recompute":
-        raise ConfigError('set "kv_load_failure_policy": "recompute", or a lost transfer fails the client\'s request.')
-    if parallel.pipeline_parallel_size > 1:
-        raise ConfigError("pipeline parallelism isn't supported by TwoLaneConnector; use tensor parallelism.")
-    if config.speculative_config is not None:
-        raise ConfigError("speculative decoding isn't supported by TwoLaneConnector yet; start without it.")
-    if len(kv_cache_config.kv_cache_groups) > 1:
-        raise ConfigError("models with several KV cache groups aren't supported by TwoLaneConnector yet.")
+    names = "/".join(model.hf_config.architectures or ())
+    return f"{names} with {model.get_total_num_kv_heads()} KV heads of {model.get_head_size()} (config {digest})"
 
 
 def _worker_facts(config: VllmConfig, kv_cache_config: KVCacheConfig) -> WorkerFacts:
@@ -81,9 +70,10 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        _refuse_unsupported(vllm_config, kv_cache_config)
+        refuse_unsupported(vllm_config, kv_cache_config)
         self._scheduler: PrefillScheduler | DecodeScheduler | None = None
         self._worker: WorkerSide | None = None
+        self._load = LoadMeter(kv_cache_config.num_blocks, vllm_config.cache_config.block_size)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(_worker_facts(vllm_config, kv_cache_config))
         elif vllm_config.kv_transfer_config.is_kv_producer:
@@ -93,8 +83,16 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
 
     # -- scheduler side
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._load.bind(gpu_block_pool)
+
+    def has_pending_push_work(self) -> bool:
+        """One more step for an idle engine, so that the workers hear of blocks that came back after the last one."""
+        return self._load.has_news()
+
     def on_new_request(self, request: Request) -> None:
         assert self._scheduler is not None
+        self._load.came(request.request_id)
         self._scheduler.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -103,12 +101,15 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._load.got_blocks(request.request_id)
         if isinstance(self._scheduler, DecodeScheduler):
             self._scheduler.after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         assert self._scheduler is not None
-        return TwoLaneMetadata(**vars(self._scheduler.take_plan(scheduler_output)))
+        plan = self._scheduler.take_plan(scheduler_output)
+        plan.load = self._load.measure(scheduler_output)
+        return TwoLaneMetadata(**vars(plan))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if isinstance(self._scheduler, DecodeScheduler):
@@ -161,8 +162,9 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         return self._worker.take_invalid_blocks()
 
     def get_kv_connector_stats(self) -> TwoLaneStats | None:
-        counts = self._worker.take_counts() if self._worker is not None else {}
-        return TwoLaneStats(data=counts) if counts else None
+        if self._worker is None or not (counts := self._worker.take_counts()):
+            return None
+        return TwoLaneStats(data=counts)
 
     def shutdown(self) -> None:
         if self._worker is not None:

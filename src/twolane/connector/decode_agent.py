@@ -56,9 +56,8 @@ class DecodeAgent(Agent):
         with self.lock:
             return self._side.take_finished()
 
-    @property
-    def counters(self) -> Counters:
-        return self._side.counters
+    def take_counters(self) -> Counters:
+        return self._side.take_counters()
 
     # -- Links, under the lock, agent thread
 
@@ -121,6 +120,7 @@ class DecodeAgent(Agent):
                 self._side.begin_step(plan, gate, now_s)
             self._side.settle(now_s)
             self._side.tick(now_s)
+            self.tell_proxy(self._side.problem)
             deadline_s = self._side.next_deadline_s
         self._flush()
         return deadline_s

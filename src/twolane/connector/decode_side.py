@@ -6,6 +6,7 @@ caller holds the agent's lock.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from twolane.connector.agent import logger
 from twolane.connector.peer import Peer
 from twolane.connector.plan import Drop, Receive, StepPlan
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.stats import Counters
+from twolane.connector.stats import Cause, Counters
 from twolane.connector.trace import Trace
 from twolane.connector.transfer import Incoming, IncomingState, ItemRange
 from twolane.connector.transport.base import ReceiveTransports, Ticket
@@ -26,6 +27,7 @@ from twolane.protocol import (
     Hello,
     Identity,
     KVFormat,
+    Mismatch,
     Pong,
     Push,
     Refused,
@@ -78,6 +80,7 @@ class Read:
     peer: Peer
     items: ItemRange
     ticket: Ticket
+    computed_at_s: float  # see protocol.Push
 
 
 class DecodeSide:
@@ -94,7 +97,7 @@ class DecodeSide:
         links: Links,
         trace: Trace,
     ) -> None:
-        self.counters = Counters()
+        self._counters = Counters()
         self._settings = settings
         self._me = me
         self._format = kv_format
@@ -125,6 +128,10 @@ class DecodeSide:
         for receive in plan.receive:
             self._receive(receive, gate, now_s)
 
+    def take_counters(self) -> Counters:
+        taken, self._counters = self._counters, Counters()
+        return taken
+
     def take_finished(self) -> Finished:
         """What is over since the last call: each announced request exactly once, also a dropped one."""
         finished, self._finished = self._finished, Finished(set(), set())
@@ -149,7 +156,7 @@ class DecodeSide:
         )
         self._trace.note(receive.transfer_id, "allocated")
         if receive.transfer_id in self._open:
-            incoming.fail("transfer_id used twice", now_s)
+            incoming.fail(Cause.DUPLICATE, "transfer_id used twice", now_s)
             self._report(incoming)
             return
         self._open[receive.transfer_id] = incoming
@@ -158,7 +165,7 @@ class DecodeSide:
     def _drop(self, drop: Drop, now_s: float) -> None:
         incoming = self._open.get(drop.transfer_id)
         if incoming is not None:
-            self._end(incoming, drop.reason, now_s, dropped=True)
+            self._end(incoming, Cause.CANCELLED, drop.reason, now_s, dropped=True)
             return
         address = rank_address(drop.prefill_address, self._rank)
         if self._peer(address, now_s) is not None:
@@ -166,9 +173,9 @@ class DecodeSide:
 
     # -- the end of a transfer
 
-    def _end(self, incoming: Incoming, reason: str, now_s: float, *, dropped: bool = False) -> None:
+    def _end(self, incoming: Incoming, cause: Cause, reason: str, now_s: float, *, dropped: bool = False) -> None:
         """Nobody wants it any more, or it can't be had. P is told; where P might still write, its answer is awaited."""
-        incoming.fail(reason, now_s, dropped=dropped)
+        incoming.fail(cause, reason, now_s, dropped=dropped)
         announced_to = self._peers.get(incoming.address)
         if announced_to and incoming.transfer_id in announced_to.transfers and not announced_to.channel.direct:
             incoming.fence()
@@ -188,21 +195,27 @@ class DecodeSide:
         """To the engine: nothing writes to these blocks any more."""
         self._finished.req_ids.add(incoming.req_id)
         if incoming.state is IncomingState.LANDED:
-            self.counters.kv_received_transfers += 1
+            self._counters.kv_received_transfers += 1
+            self._counters.kv_wait_seconds.append(incoming.progress_at_s - incoming.announced_at_s)
             self._trace.note(incoming.transfer_id, "landed")
             self._landed.append(incoming.transfer_id)
-        elif not incoming.is_dropped:
+        elif incoming.is_dropped:
+            self._counters.receive_failed(Cause.CANCELLED)
+        else:
+            assert incoming.cause is not None
             self._finished.invalid_block_ids.update(incoming.invalid_blocks())
-            self.counters.kv_receive_failures += 1
-            self.counters.kv_recomputed_tokens += incoming.num_tokens - incoming.landed_tokens
-            logger.warning(
-                "transfer failed, the prompt is computed here transfer_id=%s landed_tokens=%d of=%d reason=%r",
+            self._counters.receive_failed(incoming.cause)
+            self._counters.kv_recomputed_tokens += incoming.num_tokens - incoming.landed_tokens
+            logger.log(
+                logging.DEBUG if incoming.cause is Cause.MISMATCH else logging.WARNING,
+                "transfer failed, the prompt is computed here transfer_id=%s cause=%s landed_tokens=%d of=%d reason=%r",
                 incoming.transfer_id,
+                incoming.cause,
                 incoming.landed_tokens,
                 incoming.num_tokens,
                 incoming.reason,
             )
-        self.counters.kv_received_tokens += incoming.landed_tokens
+        self._counters.kv_received_tokens += incoming.landed_tokens
 
     # -- peers
 
@@ -219,7 +232,7 @@ class DecodeSide:
             self._links.send(address, Hello(self._me, self._format, channel.offers))
         return self._peers[address]
 
-    def _drop_peer(self, address: str, reason: str, now_s: float) -> None:
+    def _drop_peer(self, address: str, cause: Cause, reason: str, now_s: float) -> None:
         """Fails what waited for it; the next announce to this address connects anew."""
         peer = self._peers.pop(address, None)
         if peer is None:
@@ -228,7 +241,7 @@ class DecodeSide:
         peer.revoked_at_s = now_s + peer.channel.revoke()
         self._revoked.append(peer)
         for transfer_id in peer.transfers:
-            self._open[transfer_id].fail(reason, now_s)
+            self._open[transfer_id].fail(cause, reason, now_s)
         self._finish_revoked(now_s)
 
     def _finish_revoked(self, now_s: float) -> None:
@@ -243,13 +256,13 @@ class DecodeSide:
                 peer.channel.close()
 
     def on_peer_death(self, address: str, now_s: float) -> None:
-        self._drop_peer(address, f"prefill instance {address} died", now_s)
+        self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)
 
     # -- what P workers say
 
     def on_garbage(self, address: str, error: Exception, now_s: float) -> None:
         """A frame that is none of our messages."""
-        self._drop_peer(address, f"prefill instance {address} not understood: {error}", now_s)
+        self._drop_peer(address, Cause.PROTOCOL, f"prefill instance {address} not understood: {error}", now_s)
 
     def on_message(self, address: str, message: ToDecode, now_s: float) -> None:
         peer = self._peers.get(address)
@@ -263,28 +276,49 @@ class DecodeSide:
                 self._on_abort(peer, transfer_id, reason, now_s)
             case Welcome():
                 self._on_welcome(peer, message, now_s)
+            case Mismatch():
+                self._on_mismatch(peer, message, now_s)
             case Refused(reason):
-                self._drop_peer(address, f"prefill instance {address} refused: {reason}", now_s)
+                self._drop_peer(address, Cause.PROTOCOL, f"prefill instance {address} refused: {reason}", now_s)
             case Pong():
                 pass
 
     def _on_welcome(self, peer: Peer, welcome: Welcome, now_s: float) -> None:
+        peer.is_same_host = welcome.me.host == self._me.host
         try:
             peer.channel.attach(welcome.transport, welcome.me.pid)
             self._links.watch(peer.address, welcome.me.pid, welcome.me.host)
         except ProcessLookupError:
-            self._drop_peer(peer.address, f"prefill instance {peer.address} died", now_s)
+            self._drop_peer(peer.address, Cause.PEER_DIED, f"prefill instance {peer.address} died", now_s)
         except TransferError as error:
             logger.error("no transport to prefill instance %s: %s", peer.address, error)
             for transfer_id in peer.transfers:
                 self._links.send(peer.address, Cancel(transfer_id, str(error)))
-            self._drop_peer(peer.address, str(error), now_s)
+            self._drop_peer(peer.address, Cause.UNREACHABLE, str(error), now_s)
+
+    def _on_mismatch(self, peer: Peer, mismatch: Mismatch, now_s: float) -> None:
+        """Said once, here; requests that name this P are computed without a word from now on, while it lives."""
+        peer.mismatch = f"prefill instance {peer.address}: {mismatch.reason}"
+        self._counters.kv_refused_peers += 1
+        logger.error("no KV can come from %s", peer.mismatch)
+        for transfer_id in list(peer.transfers):
+            self._refuse(self._open[transfer_id], peer, now_s)
+        try:
+            self._links.watch(peer.address, mismatch.me.pid, mismatch.me.host)
+        except ProcessLookupError:
+            self._drop_peer(peer.address, Cause.PEER_DIED, f"prefill instance {peer.address} died", now_s)
+
+    def _refuse(self, incoming: Incoming, peer: Peer, now_s: float) -> None:
+        """P has no way to write."""
+        incoming.fail(Cause.MISMATCH, peer.mismatch, now_s)
+        incoming.fence()
+        self._close_if_over(incoming)
 
     def _on_abort(self, peer: Peer, transfer_id: str, reason: str, now_s: float) -> None:
         incoming = self._open.get(transfer_id) if transfer_id in peer.transfers else None
         if incoming is None:
             return
-        incoming.fail(f"prefill instance: {reason}", now_s)
+        incoming.fail(Cause.ABORTED, f"prefill instance: {reason}", now_s)
         incoming.fence()
         self._close_if_over(incoming)
 
@@ -296,7 +330,7 @@ class DecodeSide:
                 read = self._begin_read(peer, incoming, push)
             except TransferError as error:
                 # Messages were lost: what else is missing on this connection isn't known.
-                self._drop_peer(peer.address, str(error), now_s)
+                self._drop_peer(peer.address, Cause.PROTOCOL, str(error), now_s)
                 return
         if read is not None:
             self._reads.append(read)
@@ -309,7 +343,7 @@ class DecodeSide:
         targets = incoming.targets(items)
         ticket = Ticket(0, done=True) if push.slot is None else peer.channel.read(push.slot, targets)
         incoming.begun(items)
-        return Read(incoming, peer, items, ticket)
+        return Read(incoming, peer, items, ticket, push.computed_at_s)
 
     # -- what time and the transports bring
 
@@ -335,8 +369,13 @@ class DecodeSide:
             return  # dropped meanwhile
         peer = self._peer(incoming.address, now_s)
         if peer is None:
-            incoming.fail(f"{incoming.address} is no address of a prefill instance", now_s)
+            reason = f"{incoming.address} is no address of a prefill instance"
+            incoming.fail(Cause.UNREACHABLE, reason, now_s)
             self._close_if_over(incoming)
+            return
+        if peer.mismatch:
+            self._links.send(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
+            self._refuse(incoming, peer, now_s)
             return
         incoming.announced(now_s)
         peer.transfers.add(incoming.transfer_id)
@@ -346,13 +385,22 @@ class DecodeSide:
     def _on_read(self, read: Read, now_s: float) -> None:
         if read.ticket.error:
             read.incoming.broken()
-            self._end(read.incoming, read.ticket.error, now_s)
+            self._end(read.incoming, Cause.PROTOCOL, read.ticket.error, now_s)
         else:
-            self.counters.kv_received_bytes += self._size_bytes(read)
+            self._counters.kv_received_bytes += self._size_bytes(read)
             read.incoming.landed(read.items, now_s)
+            self._time(read, now_s)
         if read.ticket.slot is not None and self._peers.get(read.peer.address) is read.peer:
             self._links.send(read.peer.address, Credit(read.ticket.slot))
         self._close_if_over(read.incoming)
+
+    def _time(self, read: Read, now_s: float) -> None:
+        incoming = read.incoming
+        if read.items.first == 0:
+            self._counters.kv_first_block_seconds.append(now_s - incoming.announced_at_s)
+        is_last = incoming.state is IncomingState.LANDED
+        if is_last and read.peer.is_same_host and read.computed_at_s:
+            self._counters.kv_computed_to_landed_seconds.append(now_s - read.computed_at_s)
 
     def _size_bytes(self, read: Read) -> int:
         layers = self._format.regions
@@ -368,15 +416,22 @@ class DecodeSide:
             waiting = [self._open[transfer_id] for transfer_id in peer.transfers]
             if peer.is_silent(now_s, self._settings.peer_timeout_s):
                 reason = f"prefill instance {peer.address} silent for {self._settings.peer_timeout_s:g} s"
-                self._drop_peer(peer.address, reason, now_s)
+                self._drop_peer(peer.address, Cause.PEER_SILENT, reason, now_s)
             elif any(one.stuck(now_s, self._settings.peer_timeout_s) for one in waiting):
-                self._drop_peer(peer.address, f"prefill instance {peer.address} doesn't answer a cancel", now_s)
+                reason = f"prefill instance {peer.address} doesn't answer a cancel"
+                self._drop_peer(peer.address, Cause.PEER_SILENT, reason, now_s)
             elif ping := peer.ping(now_s, waiting):
                 for message in ping:
                     self._links.send(peer.address, message)
         for incoming in list(self._open.values()):
             if incoming.overdue(now_s, self._settings.transfer_timeout_s):
-                self._end(incoming, f"no block came for {self._settings.transfer_timeout_s:g} s", now_s)
+                reason = f"no block came for {self._settings.transfer_timeout_s:g} s"
+                self._end(incoming, Cause.TIMED_OUT, reason, now_s)
+
+    @property
+    def problem(self) -> str:
+        """Why no KV comes from some P, in words; empty: no trouble known."""
+        return next((peer.mismatch for peer in self._peers.values() if peer.mismatch), "")
 
     @property
     def is_idle(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from twolane.protocol import Load
+
 
 @dataclass(frozen=True)
 class Receive:
@@ -59,7 +61,10 @@ class Finish:
 
 @dataclass
 class StepPlan:
-    """Everything for one step. `preempted`: P's requests whose blocks were taken away before this step's forward."""
+    """Everything for one step. `preempted`: P's requests whose blocks were taken away before this step's forward.
+
+    `load`: for the registration; None if it isn't known.
+    """
 
     receive: list[Receive] = field(default_factory=list)
     drop: list[Drop] = field(default_factory=list)
@@ -67,3 +72,4 @@ class StepPlan:
     preempted: list[str] = field(default_factory=list)
     advance: list[Advance] = field(default_factory=list)
     finish: list[Finish] = field(default_factory=list)
+    load: Load | None = None

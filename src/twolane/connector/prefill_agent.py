@@ -26,10 +26,15 @@ class PrefillAgent(Agent):
         bind_address: str,
         registrar: Registrar | None,
         context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        loses_tenth: bool = False,
     ) -> None:
-        """Raises zmq.ZMQError if the address can't be bound."""
+        """`loses_tenth`: a fault for tests, every tenth message isn't sent. Raises zmq.ZMQError if the address can't be
+        bound."""
         super().__init__("twolane-prefill", registrar, context)
         self._outbox: list[tuple[bytes, ToDecode]] = []
+        self._loses_tenth = loses_tenth
+        self._num_sent = 0
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -47,7 +52,7 @@ class PrefillAgent(Agent):
 
     def end_step(self, advances: list[Advance]) -> None:
         with self.lock:
-            self._side.end_step(advances)
+            self._side.end_step(advances, time.monotonic())
         if advances:
             self.wake()
 
@@ -63,13 +68,16 @@ class PrefillAgent(Agent):
         with self.lock:
             return self._side.is_idle
 
-    @property
-    def counters(self) -> Counters:
-        return self._side.counters
+    def take_counters(self) -> Counters:
+        return self._side.take_counters()
 
     # -- Links, under the lock
 
     def send(self, peer: bytes, message: ToDecode) -> None:
+        self._num_sent += 1
+        if self._loses_tenth and self._num_sent % 10 == 0:
+            self._side.count_lost_message()
+            return
         self._outbox.append((peer, message))
 
     def watch(self, peer: bytes, pid: int, host: str) -> None:
@@ -115,8 +123,9 @@ class PrefillAgent(Agent):
     def _push_next(self) -> bool:
         """The lock is free between two pushes, so that the engine waits for one at most."""
         with self.lock:
-            pushed = self._side.push_next(time.monotonic())
-            self._side.settle()
+            now_s = time.monotonic()
+            pushed = self._side.push_next(now_s)
+            self._side.settle(now_s)
             outbox, self._outbox = self._outbox, []
         for peer, message in outbox:
             # A peer that is gone is found out by its pidfd or its lease; its messages go nowhere.

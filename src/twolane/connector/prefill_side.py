@@ -13,7 +13,7 @@ from twolane.connector.agent import logger
 from twolane.connector.offers import Offers
 from twolane.connector.plan import Advance, Finish, StepPlan
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.stats import Counters
+from twolane.connector.stats import Cause, Counters
 from twolane.connector.trace import Trace
 from twolane.connector.transfer import ItemRange, Outgoing
 from twolane.connector.transport.base import SendChannel, SendTransports, Ticket
@@ -26,6 +26,7 @@ from twolane.protocol import (
     Hello,
     Identity,
     KVFormat,
+    Mismatch,
     Ping,
     Pong,
     Push,
@@ -55,9 +56,9 @@ class DecodePeer:
     """A D worker that said Hello. `last_word_s` renews the lease of everything it announced."""
 
     epoch: str
-    channel: SendChannel
+    channel: SendChannel | None  # None: no KV can go to it
     last_word_s: float
-    lent: dict[int, float] = field(default_factory=dict)  # slot -> since when
+    lent: dict[int, float] = field(default_factory=dict)  # slot -> since when, oldest first
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class PrefillSide:
         links: Links,
         trace: Trace,
     ) -> None:
-        self.counters = Counters()
+        self._counters = Counters()
         self._settings = settings
         self._me = me
         self._format = kv_format
@@ -103,7 +104,10 @@ class PrefillSide:
         for offer in plan.offer:
             outgoing, early = self._offers.add(offer)
             self._trace.note(offer.transfer_id, "offered")
-            if early is not None and outgoing.ended is None:
+            if outgoing.ended is not None:  # at once: the id is another's, or D has cancelled it
+                is_first = self._offers.of_transfer(offer.transfer_id) is outgoing
+                self._counters.send_failed(Cause.CANCELLED if is_first else Cause.DUPLICATE)
+            elif early is not None:
                 self._accept(outgoing, early.announce, early.peer)
         for req_id in plan.preempted:
             if preempted := self._offers.of_request(req_id):
@@ -117,7 +121,7 @@ class PrefillSide:
         """The forward pass of this layer was launched: its KV can go ahead of the layers behind it."""
         self._transports.layer_done(layer_name)
 
-    def end_step(self, advances: list[Advance]) -> None:
+    def end_step(self, advances: list[Advance], now_s: float) -> None:
         """After the forward pass (or its launch): the KV of these tokens is in P's blocks once the fence is passed."""
         fence = self._transports.fence()
         for advance in advances:
@@ -125,11 +129,20 @@ class PrefillSide:
                 outgoing.advance(
                     advance.block_ids, fence, replace=advance.replace, num_valid_tokens=advance.num_valid_tokens
                 )
-                self._trace.note(outgoing.transfer_id, "launched")
+                outgoing.computed_at_s = now_s
+                self._trace.note(outgoing.transfer_id, "launched", now_s)
 
     def take_finished(self, finished_req_ids: set[str], now_s: float) -> set[str]:
         """Requests whose blocks nobody reads any more; each once, and only after vLLM named it as finished."""
         return self._offers.take_finished(finished_req_ids, now_s)
+
+    def count_lost_message(self) -> None:
+        """On purpose, by the fault `drop_tenth`."""
+        self._counters.kv_dropped_messages += 1
+
+    def take_counters(self) -> Counters:
+        taken, self._counters = self._counters, Counters()
+        return taken
 
     @property
     def is_idle(self) -> bool:
@@ -143,22 +156,22 @@ class PrefillSide:
         if finish.ok:
             outgoing.computed(now_s)
         else:
-            self._give_up(outgoing, "the prefill request ended early")
+            self._give_up(outgoing, Cause.ENDED_EARLY, "the prefill request ended early")
 
     def _accept(self, outgoing: Outgoing, announce: Announce, peer: bytes) -> None:
         try:
             outgoing.accept(announce, peer)
         except TransferError as error:
-            self._give_up(outgoing, str(error))
+            self._give_up(outgoing, Cause.MISMATCH, str(error))
             self._farewell(outgoing, peer, str(error))
 
-    def _give_up(self, outgoing: Outgoing, reason: str) -> None:
+    def _give_up(self, outgoing: Outgoing, cause: Cause, reason: str) -> None:
         """Ends the transfer without success, and tells D if D waits for it."""
         if outgoing.ended is not None:
             return
         outgoing.end(reason)
-        self.counters.kv_send_failures += 1
-        logger.warning("transfer given up transfer_id=%s reason=%r", outgoing.transfer_id, reason)
+        self._counters.send_failed(cause)
+        logger.warning("transfer given up transfer_id=%s cause=%s reason=%r", outgoing.transfer_id, cause, reason)
         if outgoing.peer is not None:
             self._farewell(outgoing, outgoing.peer, reason)
 
@@ -181,35 +194,48 @@ class PrefillSide:
             case Announce():
                 self._on_announce(peer, message, now_s)
             case Credit(slot):
-                known.lent.pop(slot, None)
-                known.channel.release(slot)
+                self._on_credit(known, slot)
             case Cancel(transfer_id, reason):
                 self._on_cancel(peer, transfer_id, reason, now_s)
             case Ping(waiting):
                 self._on_ping(peer, waiting)
 
+    @staticmethod
+    def _on_credit(peer: DecodePeer, slot: int) -> None:
+        """Peers answer in order: a slot that was lent before and hasn't come back was lost on the way."""
+        if peer.channel is None or slot not in peer.lent:
+            return
+        for lent in list(peer.lent):
+            del peer.lent[lent]
+            peer.channel.release(lent)
+            if lent == slot:
+                break
+
     def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> None:
-        if difference := hello.format.difference_from(self._format):
-            logger.error("decode instance refused: %s", difference)
-            self._links.send(peer, Refused(difference))
-            return
         for old in [known for known, state in self._peers.items() if state.epoch == hello.me.epoch]:
-            self._drop_peer(old, "the decode worker connected anew")
+            self._drop_peer(old, Cause.ABORTED, "the decode worker connected anew")
         try:
-            channel, chosen = self._transports.open(hello.transports, hello.me.pid, hello.me.host)
             self._links.watch(peer, hello.me.pid, hello.me.host)
-        except TransferError as error:
-            logger.error("decode instance refused: %s", error)
-            self._links.send(peer, Refused(str(error)))
-            return
         except ProcessLookupError:
-            channel.close()
             return
-        self._peers[peer] = DecodePeer(hello.me.epoch, channel, now_s)
-        self._links.send(peer, Welcome(self._me, chosen))
+        known = self._peers[peer] = DecodePeer(hello.me.epoch, None, now_s)
+        mismatch = hello.format.difference_from(self._format)
+        try:
+            if not mismatch:
+                known.channel, chosen = self._transports.open(hello.transports, hello.me.pid, hello.me.host)
+                self._links.send(peer, Welcome(self._me, chosen))
+                return
+        except TransferError as error:
+            mismatch = str(error)
+        self._counters.kv_refused_peers += 1
+        logger.error("no KV can go to a decode instance: %s", mismatch)
+        self._links.send(peer, Mismatch(self._me, mismatch))
 
     def _on_announce(self, peer: bytes, announce: Announce, now_s: float) -> None:
         self._trace.note(announce.transfer_id, "announced")
+        if self._peers[peer].channel is None:  # sent before D knew
+            self._on_cancel(peer, announce.transfer_id, "no KV can go there", now_s)
+            return
         outgoing = self._offers.of_transfer(announce.transfer_id)
         if outgoing is not None and outgoing.ended is None:
             self._accept(outgoing, announce, peer)
@@ -222,6 +248,9 @@ class PrefillSide:
 
     def _on_cancel(self, peer: bytes, transfer_id: str, reason: str, now_s: float) -> None:
         reason = f"cancelled by the decode instance: {reason}"
+        wanted = self._offers.of_transfer(transfer_id)
+        if wanted is not None and wanted.ended is None:
+            self._counters.send_failed(Cause.CANCELLED)
         outgoing = self._offers.cancel(transfer_id, reason, now_s)
         if outgoing is None or outgoing.peer not in (None, peer):
             self._links.send(peer, Abort(transfer_id, reason))
@@ -236,18 +265,18 @@ class PrefillSide:
         self._links.send(peer, Pong())
 
     def on_peer_death(self, peer: bytes) -> None:
-        self._drop_peer(peer, "the decode instance died")
+        self._drop_peer(peer, Cause.PEER_DIED, "the decode instance died")
 
-    def _drop_peer(self, peer: bytes, reason: str) -> None:
+    def _drop_peer(self, peer: bytes, cause: Cause, reason: str) -> None:
         """The peer is told nothing more, and can't read its slots any more."""
         gone = self._peers.pop(peer, None)
         if gone is None:
             return
         self._links.unwatch(peer)
         for outgoing in self._offers.forget_peer(peer):
-            self._give_up(outgoing, reason)
-        gone.channel.close()
-        self.settle()
+            self._give_up(outgoing, cause, reason)
+        if gone.channel is not None:
+            gone.channel.close()
 
     # -- what time and the transports bring
 
@@ -258,13 +287,13 @@ class PrefillSide:
         for outgoing in self._offers.all():
             peer = self._peers.get(outgoing.peer) if outgoing.peer else None
             if outgoing.lease_over(now_s, peer.last_word_s if peer else 0.0, self._settings.lease_s):
-                self.counters.kv_leases_expired += 1
-                self._give_up(outgoing, f"lease of {self._settings.lease_s:g} s ran out")
+                self._counters.kv_leases_expired += 1
+                self._give_up(outgoing, Cause.LEASE_EXPIRED, f"lease of {self._settings.lease_s:g} s ran out")
         for address, peer in list(self._peers.items()):
             if peer.lent and now_s - min(peer.lent.values()) > self._settings.peer_timeout_s:
                 reason = f"a slot was not given back for {self._settings.peer_timeout_s:g} s: connect anew"
                 self._links.send(address, Refused(reason))
-                self._drop_peer(address, reason)
+                self._drop_peer(address, Cause.PROTOCOL, reason)
 
     def push_next(self, now_s: float) -> bool:
         """Begins one push, of the transfer that waited longest: a long prompt doesn't hold up a short one. False when
@@ -272,30 +301,30 @@ class PrefillSide:
         ready = [one for one in self._offers.all() if one.peer in self._peers and one.next_push(1)]
         for outgoing in sorted(ready, key=lambda one: one.turn):
             assert outgoing.peer is not None
-            peer = self._peers[outgoing.peer]
-            if room := peer.channel.room(outgoing.next_item):
-                self._push(outgoing, outgoing.peer, peer, room, now_s)
+            channel = self._peers[outgoing.peer].channel
+            if channel is not None and (room := channel.room(outgoing.next_item)):
+                self._push(outgoing, outgoing.peer, channel, room, now_s)
                 return True
         return False
 
-    def _push(self, outgoing: Outgoing, address: bytes, peer: DecodePeer, room: int, now_s: float) -> None:
+    def _push(self, outgoing: Outgoing, peer: bytes, channel: SendChannel, room: int, now_s: float) -> None:
         items = outgoing.next_push(room)
         assert items is not None
-        ticket = peer.channel.push(outgoing.sources(items), outgoing.targets(items), outgoing.fence)
+        ticket = channel.push(outgoing.sources(items), outgoing.targets(items), outgoing.fence)
         self._turn += 1
         outgoing.turn = self._turn
         outgoing.begun(items)
         if ticket.slot is not None:
-            peer.lent[ticket.slot] = now_s
-        self._flights.append(Flight(outgoing, address, items, ticket))
+            self._peers[peer].lent[ticket.slot] = now_s
+        self._flights.append(Flight(outgoing, peer, items, ticket))
 
-    def settle(self) -> None:
+    def settle(self, now_s: float) -> None:
         """Tells D of pushes that are done, and of transfers that are over."""
         self._transports.poll()
         flights, self._flights = self._flights, []
         for flight in flights:
             if flight.ticket.done:
-                self._arrived(flight)
+                self._arrived(flight, now_s)
             else:
                 self._flights.append(flight)
         farewells, self._farewells = self._farewells, []
@@ -305,23 +334,28 @@ class PrefillSide:
             elif peer in self._peers:
                 self._links.send(peer, Abort(outgoing.transfer_id, reason))
 
-    def _arrived(self, flight: Flight) -> None:
+    def _arrived(self, flight: Flight, now_s: float) -> None:
         outgoing, items, ticket = flight.outgoing, flight.items, flight.ticket
         failed = bool(ticket.error) or flight.peer not in self._peers
         if failed:
-            self._give_up(outgoing, ticket.error or "the decode instance is gone")
+            self._give_up(outgoing, Cause.ABORTED, ticket.error or "the decode instance is gone")
         else:
-            self.counters.kv_sent_bytes += ticket.size_bytes
-            self._links.send(flight.peer, Push(outgoing.transfer_id, items.first, items.count, ticket.slot))
+            self._counters.kv_sent_bytes += ticket.size_bytes
+            computed_at_s = ticket.ready_at_s or outgoing.computed_at_s
+            push = Push(outgoing.transfer_id, items.first, items.count, ticket.slot, computed_at_s)
+            self._links.send(flight.peer, push)
         was_open = outgoing.ended is None
         outgoing.done()
         if was_open and outgoing.ended == "":
             self._trace.note(outgoing.transfer_id, "computed", ticket.ready_at_s)
             self._trace.note(outgoing.transfer_id, "pushed", ticket.done_at_s)
-            self.counters.kv_sent_transfers += 1
-            self.counters.kv_sent_tokens += outgoing.num_tokens
+            self._counters.kv_sent_transfers += 1
+            self._counters.kv_sent_tokens += outgoing.num_tokens
+            sent_at_s, computed_at_s = ticket.done_at_s or now_s, ticket.ready_at_s or outgoing.computed_at_s
+            self._counters.kv_computed_to_sent_seconds.append(sent_at_s - computed_at_s)
 
     def close(self) -> None:
         for peer in self._peers.values():
-            peer.channel.close()
+            if peer.channel is not None:
+                peer.channel.close()
         self._transports.close()

@@ -8,13 +8,17 @@ import time
 import msgspec
 import zmq
 
-from twolane.protocol import REGISTER_EVERY_S, Registration, encode, sign_registration
+from twolane.protocol import REGISTER_EVERY_S, Load, Registration, encode, sign_registration
+
+_SOONEST_S = 0.5  # between two registrations, however fast the load changes
 
 
 class Registrar:
-    """Sends the registration every 3 s over a DEALER whose identity is the control address. Never blocks.
+    """Sends the registration every 3 s, or sooner when the load changed much, over a DEALER whose identity is the
+    control address. Never blocks.
 
-    Used by the agent's thread alone.
+    Used by the agent's thread alone, but for `load`, which the engine's thread may set at any time. `problem` is for
+    whoever knows of one to set, and to clear.
     """
 
     def __init__(
@@ -23,7 +27,10 @@ class Registrar:
         """`secret`: what the proxy wants registrations signed with; empty: not signed."""
         self._me = me
         self._secret = secret
+        self.load: Load | None = None
+        self.problem = ""
         self._next_s = 0.0
+        self._soonest_s = 0.0
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, me.zmq_address.encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
@@ -33,12 +40,18 @@ class Registrar:
         self._socket.connect(f"tcp://{discovery_address}")
 
     def tick(self, now_s: float) -> None:
-        if now_s >= self._next_s and self._send(self._me):
-            self._next_s = now_s + REGISTER_EVERY_S
+        load = self.load
+        has_news = self.problem != self._me.problem or changed_much(self._me.load, load)
+        if now_s < self._soonest_s or (now_s < self._next_s and not has_news):
+            return
+        me = msgspec.structs.replace(self._me, load=load, problem=self.problem)
+        if self._send(me):
+            self._me = me
+            self._next_s, self._soonest_s = now_s + REGISTER_EVERY_S, now_s + _SOONEST_S
 
     def close(self) -> None:
         """Says goodbye, so that the proxy sends nothing more here."""
-        self._send(msgspec.structs.replace(self._me, leaving=True))
+        self._send(msgspec.structs.replace(self._me, leaving=True, load=None))
         self._socket.close(linger=200)  # ms
 
     def _send(self, registration: Registration) -> bool:
@@ -48,3 +61,14 @@ class Registrar:
             self._socket.send(encode(registration), zmq.NOBLOCK)
             return True
         return False
+
+
+def changed_much(told: Load | None, now: Load | None) -> bool:
+    """Whether the proxy might choose differently if it knew: a quarter more or fewer requests, an eighth of the blocks,
+    or a queue that wasn't there."""
+    if told is None or now is None:
+        return told is not now
+    if bool(told.num_waiting) is not bool(now.num_waiting):
+        return True
+    num_told, num_now = told.num_running + told.num_waiting, now.num_running + now.num_waiting
+    return 4 * abs(num_now - num_told) > num_told or 8 * abs(now.free_blocks - told.free_blocks) > now.num_blocks

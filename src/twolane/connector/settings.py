@@ -23,7 +23,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc`, then `shm`.
     `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once; 0: what suits the device.
     `trace_file`: for benchmarks; see trace.Trace.
-    `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice.
+    `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
+    `drop_tenth` makes P lose every tenth message to D.
     """
 
     host: str = "127.0.0.1"
@@ -37,7 +38,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     slot_bytes: int = 0
     num_slots: int = 8
     trace_file: str = ""
-    fault: Literal["", "zero_kv"] = ""
+    fault: Literal["", "zero_kv", "drop_tenth"] = ""
 
 
 def read_secret(path: str) -> str:

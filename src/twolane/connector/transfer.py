@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from twolane.connector.stats import Cause
 from twolane.connector.transport.base import Fence, Items, select_items
 from twolane.errors import TransferError
 from twolane.protocol import Announce
@@ -47,6 +48,7 @@ class Outgoing:
     items_per_block: int
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
+    computed_at_s: float = 0.0  # when the last forward pass for it was launched to its end
     fence: Fence = field(default_factory=Fence)  # behind which the last of them are
     announce: Announce | None = None
     peer: bytes | None = None  # whose announce it is
@@ -170,12 +172,14 @@ class Incoming:
     items_per_block: int
     block_size: int
     progress_at_s: float
+    announced_at_s: float = 0.0
     state: IncomingState = IncomingState.ALLOCATED
     next_item: int = 0  # the first that no read was begun for
     landed_items: int = 0
     in_flight: int = 0  # reads begun and not done: they write the blocks
     is_fenced: bool = False  # P can't write (any more)
     is_dropped: bool = False  # nobody waits for it: neither a success nor a failure
+    cause: Cause | None = None
     reason: str = ""
 
     @property
@@ -191,6 +195,7 @@ class Incoming:
     def announced(self, now_s: float) -> None:
         assert self.state is IncomingState.ALLOCATED
         self.state, self.progress_at_s = IncomingState.WAITING, now_s
+        self.announced_at_s = now_s
 
     def targets(self, push: ItemRange) -> Items:
         """In D's blocks. Raises TransferError on a gap, a repetition or an overrun."""
@@ -217,11 +222,12 @@ class Incoming:
         """A read failed: what it was to write is unknown."""
         self.in_flight -= 1
 
-    def fail(self, reason: str, now_s: float, *, dropped: bool = False) -> None:
+    def fail(self, cause: Cause, reason: str, now_s: float, *, dropped: bool = False) -> None:
         """Nobody wants it, or it can't be had. Not over before nothing can write any more."""
         if self.state in (IncomingState.ALLOCATED, IncomingState.WAITING):
             self.is_fenced |= self.state is IncomingState.ALLOCATED
-            self.state, self.reason, self.progress_at_s = IncomingState.ENDING, reason, now_s
+            self.state, self.progress_at_s = IncomingState.ENDING, now_s
+            self.cause, self.reason = cause, reason
         self.is_dropped |= dropped
         self._settle()
 

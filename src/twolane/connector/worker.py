@@ -18,6 +18,7 @@ from twolane.connector.prefill_agent import PrefillAgent
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.register import Registrar
 from twolane.connector.settings import ConnectorSettings, read_secret
+from twolane.connector.stats import Counts
 from twolane.connector.trace import Trace
 from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.errors import ConfigError
@@ -83,8 +84,9 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
         )
 
     address = rank_address(facts.rank_0_address, facts.rank)
+    loses = facts.settings.fault == "drop_tenth"
     try:
-        return PrefillAgent(make_side, address, _registrar(facts, me.epoch, context), context)
+        return PrefillAgent(make_side, address, _registrar(facts, me.epoch, context), context, loses_tenth=loses)
     except zmq.ZMQError as error:
         raise ConfigError(
             f"control address {address}: {error.strerror}. Another process has the port? Set another kv_port."
@@ -137,6 +139,7 @@ class WorkerSide:
         self._agent.check()
         self._plan = plan
         self._agent.begin_step(plan)
+        self._agent.tell_load(plan.load)
 
     def end_forward(self) -> None:
         """The forward pass was launched. Called once or several times a step; the second time there is no plan."""
@@ -164,7 +167,7 @@ class WorkerSide:
         invalid, self._invalid_block_ids = self._invalid_block_ids, set()
         return invalid
 
-    def take_counts(self) -> dict[str, int]:
+    def take_counts(self) -> Counts:
         return self._agent.take_counts()
 
     def stop(self) -> None:

@@ -10,6 +10,7 @@ FREE_MEMORY = re.compile(r"Free memory on device .*?\(([\d.]+)/([\d.]+) GiB\) on
 FITTING_LENGTH = re.compile(r"estimated maximum model length is (\d+)")
 UTILIZATION = re.compile(r"'gpu_memory_utilization': ([\d.]+)")
 UNKNOWN_ARGUMENT = re.compile(r"error: unrecognized arguments: (.+)")
+CONNECTOR_REFUSED = re.compile(r"twolane\.errors\.ConfigError: (.+)")
 WRONG_ARGUMENT = re.compile(r"error: (argument .+)")
 DEFAULT_UTILIZATION = 0.92
 MARGIN = 0.02  # of a GPU's memory: what changes between looking and taking
@@ -74,6 +75,17 @@ def _unknown_model(text: str) -> str:
     return ""
 
 
+def _connector(text: str) -> str:
+    if found := CONNECTOR_REFUSED.search(text):
+        return found[1].strip()
+    if "KV cache specs to one unified type" in text:
+        return (
+            "this model's layers need KV caches of several kinds (state-space beside attention, for example), of "
+            "which the lanes move only attention's: serve it without lanes, with vLLM alone, or choose another MODEL"
+        )
+    return ""
+
+
 def _host_memory(text: str) -> str:
     if "Cannot allocate memory" in text or "DefaultCPUAllocator: can't allocate memory" in text:
         return "the machine has too little memory: run fewer instances, or a smaller model"
@@ -81,6 +93,7 @@ def _host_memory(text: str) -> str:
 
 
 RULES: tuple[Rule, ...] = (
+    _connector,
     _busy_gpu,
     _out_of_memory,
     _no_room_for_kv,

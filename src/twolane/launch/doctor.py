@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from twolane.launch.facts import Facts
-from twolane.launch.plan import ServiceSpec
+from twolane.launch.options import option
 
 Level = Literal["ok", "warning", "error"]
 SUPPORTED = ((0, 26), (0, 32))  # vLLM releases that the connector was run with
@@ -39,17 +39,6 @@ def version_of(text: str) -> tuple[int, int] | None:
     """Major and minor."""
     parts = text.split(".")[:2]
     return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdigit() for part in parts) else None
-
-
-def option(spec: ServiceSpec, name: str) -> str | None:
-    """What an instance's command line says last about an option; both spellings, `--x 1` and `--x=1`."""
-    found = None
-    for word, following in zip(spec.argv, (*spec.argv[1:], ""), strict=True):
-        if word == name:
-            found = following
-        elif word.startswith(name + "="):
-            found = word.partition("=")[2]
-    return found
 
 
 def _engine(facts: Facts) -> Iterator[Finding]:
@@ -97,7 +86,7 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
     yield Finding("ok", "GPUs", f"driver {facts.driver}, " + ", ".join(f"{g.index}: {g.name}" for g in facts.gpus))
     for gpu in facts.gpus:
         mine = [spec for spec in instances if gpu.index in spec.gpus]
-        wanted = sum(float(option(spec, "--gpu-memory-utilization") or DEFAULT_UTILIZATION) for spec in mine)
+        wanted = sum(float(option(spec.argv, "--gpu-memory-utilization") or DEFAULT_UTILIZATION) for spec in mine)
         if mine and not facts.running:
             free = gpu.free_bytes / gpu.total_bytes
             who = f"; in use by process {', '.join(gpu.holders)}" if gpu.holders else ""
@@ -114,7 +103,7 @@ def _fit(facts: Facts) -> Iterator[Finding]:
     for spec in facts.plan.instances():
         if not spec.gpus or not facts.model_bytes:
             continue
-        share = float(option(spec, "--gpu-memory-utilization") or DEFAULT_UTILIZATION)
+        share = float(option(spec.argv, "--gpu-memory-utilization") or DEFAULT_UTILIZATION)
         room = share * sum(totals.get(gpu, 0) for gpu in spec.gpus)
         if facts.model_bytes > room:
             text = f"{spec.name}: weights of {facts.model_bytes / 1e9:.1f} GB do not fit into {room / 1e9:.1f} GB"
@@ -143,7 +132,7 @@ def _links(facts: Facts) -> Iterator[Finding]:
 
 def _same_options(facts: Facts) -> Iterator[Finding]:
     for name in SAME_IN_BOTH:
-        values = {spec.name: option(spec, name) for spec in facts.plan.instances()}
+        values = {spec.name: option(spec.argv, name) for spec in facts.plan.instances()}
         if len(set(values.values())) > 1:
             text = ", ".join(f"{instance}: {value or 'default'}" for instance, value in values.items())
             remedy = f"pass the same {name} to all, in TWOLANE_VLLM_ARGS: else no KV can move"

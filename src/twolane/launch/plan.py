@@ -17,6 +17,7 @@ from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.gpus import assign_gpus
 from twolane.launch.kv import kv_config, kv_env
+from twolane.launch.options import check_lanes, tensor_parallel_size
 
 Role = Literal["proxy", "prefill", "decode"]
 Engine = Literal["cpu", "cuda"]
@@ -109,6 +110,8 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
         log_max_bytes=settings.log_max_mb * 1_000_000,
     )
     _check_collisions(plan)
+    if settings.kv == "twolane":
+        check_lanes({spec.name: spec.argv for spec in plan.instances()})
     return plan
 
 
@@ -156,8 +159,8 @@ def _instance(
     argv += ["--kv-transfer-config", json.dumps(kv_config(settings.kv, role, http_port, kv_port, discovery))]
     if len(gpus[index]) > 1:
         argv += ["--tensor-parallel-size", str(len(gpus[index]))]
-    argv += _engine_args(settings, machine, model)
-    argv += [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
+    given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
+    argv += [*_engine_args(settings, machine, model, given), *given]
     return ServiceSpec(
         name=name,
         role=role,
@@ -171,14 +174,15 @@ def _instance(
     )
 
 
-def _engine_args(settings: Settings, machine: Machine, model: ServedModel) -> list[str]:
+def _engine_args(settings: Settings, machine: Machine, model: ServedModel, given: list[str]) -> list[str]:
+    """`given`: what comes behind them, from the settings."""
     max_len = settings.max_model_len
     if machine.engine == "cuda":
         return ["--max-model-len", str(max_len)] if max_len else []
     max_len = max_len or min(CPU_MAX_MODEL_LEN, model.max_len or CPU_MAX_MODEL_LEN)
     # A CPU gains little from compiling a small model, and it takes minutes and a compiler. `uni`: see _engine_env.
     args = ["--enforce-eager", "--dtype", "float32", "--max-model-len", str(max_len)]
-    return [*args, "--distributed-executor-backend", "uni"]
+    return [*args, "--distributed-executor-backend", "uni" if tensor_parallel_size(given) == "1" else "mp"]
 
 
 def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpus: tuple[int, ...]) -> dict[str, str]:
@@ -190,8 +194,8 @@ def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpus: 
     if machine.engine == "cpu":
         instances = settings.prefill + settings.decode
         env["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_SPACE_GIB)
-        # The model in the engine's own process: as two processes, which is vLLM's default here, each busy-waits for the
-        # other, also while a D only waits for KV, and that takes the core that P computes on (docs/LOG.md).
+        # The model in the engine's own process, if it has one rank: as two, which is vLLM's default, each busy-waits
+        # for the other, also while a D only waits for KV, and that takes the core that P computes on (docs/LOG.md).
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # vLLM would bind every instance to the same cores, as if it were alone: give each its part, unbound.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -18,6 +18,8 @@ from twolane.launch.state import ServiceState, State, read_state
 
 ROLES = {"P": "prefill", "D": "decode"}
 COLUMNS = ("instance", "role", "pid", "gpu", "ports", "state", "uptime", "memory", "in-flight")
+WIDE_COLUMNS = ("waiting", "free kv")  # what the engines say, where a terminal has room for it
+WIDE = 98
 
 
 def status(settings: Settings) -> dict[str, Any]:
@@ -60,8 +62,10 @@ def _row(service: ServiceState, known: dict[str, Any], entry: dict[str, Any]) ->
         "uptime_s": uptime_s(pids[:1] and [service.pid]),
         "memory_bytes": memory_bytes(pids),
         "in_flight": entry.get("in_flight") if in_flight is None else in_flight,
+        "load": entry.get("load"),
         "restarts": service.restarts,
         "reason": service.reason or None,
+        "problem": entry.get("problem"),
         "log": service.log,
     }
 
@@ -72,12 +76,12 @@ def from_proxy(settings: Settings) -> list[dict[str, Any]]:
     if known is None:
         return []
     in_flight = sum(entry["in_flight"] for entry in known if entry["role"] == "D")
-    rows = [("proxy", settings.http_proxy_port, "ready", in_flight)]
-    rows += [
-        (ROLES[entry["role"]], int(entry["address"].rpartition(":")[2]), entry["state"], entry["in_flight"])
-        for entry in known
-    ]
-    return [_found(*row) for row in rows]
+    rows = [_found("proxy", settings.http_proxy_port, "ready", in_flight)]
+    for entry in known:
+        port = int(entry["address"].rpartition(":")[2])
+        row = _found(ROLES[entry["role"]], port, entry["state"], entry["in_flight"])
+        rows.append(row | {"load": entry.get("load"), "problem": entry.get("problem")})
+    return rows
 
 
 def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
@@ -92,7 +96,8 @@ def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
         "state": state,
     }
     times = {"uptime_s": uptime_s([pid] if pid else []), "memory_bytes": memory_bytes([pid] if pid else [])}
-    return row | times | {"in_flight": in_flight, "restarts": None, "reason": None, "log": None}
+    rest = {"in_flight": in_flight, "load": None, "restarts": None, "reason": None, "problem": None, "log": None}
+    return row | times | rest
 
 
 def memory_bytes(pids: list[int]) -> int | None:
@@ -121,22 +126,26 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         console.print("nothing is running in this folder" + left_over)
         return
     table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
+    columns = COLUMNS + WIDE_COLUMNS * (console.width >= WIDE)
+    for column in columns:
         table.add_column(column, no_wrap=column != "state")
     for service in report["services"]:
-        table.add_row(*cells(service))
+        table.add_row(*cells(service)[: len(columns)])
     console.print(table)
     for service in report["services"]:
         if service["restarts"]:
             why = f"; {service['reason']}" if service["reason"] else ""
             text = f"{service['name']}: started again {service['restarts']} times{why} (log: {service['log']})"
             console.print(text, markup=False)
+        if service["problem"]:
+            console.print(f"{service['name']}: {service['problem']}", markup=False)
 
 
 def cells(service: dict[str, Any]) -> list[str]:
     """One service as the table shows it."""
     ports = [str(port) for port in (service["http_port"], service["kv_port"]) if port]
     memory = service["memory_bytes"]
+    load = service["load"]
     values = (
         service["name"],
         service["role"],
@@ -147,6 +156,8 @@ def cells(service: dict[str, Any]) -> list[str]:
         None if service["uptime_s"] is None else duration(service["uptime_s"]),
         None if memory is None else f"{memory / 1e9:.1f} GB",
         service["in_flight"],
+        load and load["num_waiting"],
+        load and f"{100 * load['free_blocks'] // max(1, load['num_blocks'])}%",
     )
     return ["-" if value is None else str(value) for value in values]
 

@@ -66,19 +66,27 @@ class Router:
         if not decodes:
             return None
         if not ask.computes:
-            return Route(self._pick(decodes, b""), None)
+            return Route(self._pick(decodes, b""), None)  # takes no blocks
         why_alone = self._why_alone(prefills, tried, ask)
         if ask.splits:
             pairs = [d for d in decodes if not (why_alone and HANDOVERS[d.kind].decodes_alone) and _has(prefills, d)]
             if pairs:
-                decode = self._pick(pairs, ask.beginning)
+                decode = self._choose(pairs, ask)
                 partners = [p for p in prefills if p.kind == decode.kind]
-                return Route(decode, self._pick(partners, ask.beginning))
+                return Route(decode, self._choose(partners, ask))
         alone = [d for d in decodes if HANDOVERS[d.kind].decodes_alone]
         if not alone:
             return None
         no_prefill = "prefill_failed" if tried.attempts else "no_prefill"
-        return Route(self._pick(alone, ask.beginning), None, why_alone or no_prefill)
+        return Route(self._choose(alone, ask), None, why_alone or no_prefill)
+
+    def _choose(self, instances: Sequence[Instance], ask: Ask) -> Instance:
+        """By the policy, among those that have room for the prompt, if any has."""
+        chosen = self._pick(instances, ask.beginning)
+        if len(instances) == 1 or chosen.has_room(ask.num_tokens):
+            return chosen
+        roomy = [i for i in instances if i.has_room(ask.num_tokens)]
+        return self._pick(roomy, ask.beginning) if roomy else chosen
 
     def _why_alone(self, prefills: Sequence[Instance], tried: Tried, ask: Ask) -> str:
         if ask.alone_because:
@@ -88,7 +96,7 @@ class Router:
         if ask.num_tokens < self._min_prefill_tokens:
             return "short_prompt"
         limit = self._max_prefill_queue
-        if limit and prefills and all(p.in_flight >= limit for p in prefills):
+        if limit and prefills and all(p.in_flight + p.num_foreign >= limit for p in prefills):
             return "prefill_busy"
         return ""
 
@@ -107,7 +115,7 @@ def make_picker(policy: Policy) -> Picker:
 
 
 def least_loaded(instances: Sequence[Instance], _beginning: bytes = b"") -> Instance:
-    """P by prompt tokens in flight, D by requests in flight; among equals the one that has served least."""
+    """P by prompt tokens in flight, D by requests, ours and others'; among equals the one that has served least."""
     return instances[0] if len(instances) == 1 else min(instances, key=_load_and_rank)
 
 
@@ -136,7 +144,8 @@ class RoundRobin:
 
 
 def _load(instance: Instance) -> int:
-    return instance.in_flight_tokens if instance.role == "P" else instance.in_flight
+    """Others' requests at a P count as a token each: their prompts' length isn't known, but they tell among equals."""
+    return (instance.in_flight_tokens if instance.role == "P" else instance.in_flight) + instance.num_foreign
 
 
 def _load_and_rank(instance: Instance) -> tuple[int, int, str]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from twolane.protocol import Kind, Registration, Role
+from twolane.protocol import LOAD_VALID_S, Kind, Load, Registration, Role
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,34 @@ class Instance:
     num_requests: int = 0
     num_failures: int = 0
     reason: str = ""  # why it isn't ready
+    problem: str = ""  # what it says of itself: why no KV moves
+    load: Load | None = None  # its own word; None: it said nothing, or too long ago
+    load_at: float = 0.0
+    num_foreign: int = 0  # requests that it had then and that can't have been ours
+    claimed_tokens: int = 0  # of the prompts that it got since then
+    peak_in_flight: int = 0  # since then
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a prompt finds free KV blocks, as far as we know; True if it never told.
+
+        On D a queue means no: it is there for want of blocks, and first come is first served. On P it is there for the
+        sake of order. What we sent since it told claims of what was free then; all that we have there, of the whole.
+        """
+        load = self.load
+        if load is None:
+            return True
+        if load.num_waiting and self.role == "D":
+            return False
+        free_tokens = load.free_blocks * load.block_size - self.claimed_tokens
+        return num_tokens <= free_tokens and num_tokens <= load.num_blocks * load.block_size - self.in_flight_tokens
+
+    def told(self, load: Load | None, now: float) -> None:
+        """Its requests beyond the most that we had there since its last word are others'. That errs on the low side, so
+        that requests of ours that end in between are never taken for others'."""
+        num_theirs = 0 if load is None else load.num_running + load.num_waiting
+        self.load, self.load_at = load, now
+        self.num_foreign = max(0, num_theirs - self.peak_in_flight)
+        self.claimed_tokens, self.peak_in_flight = 0, self.in_flight
 
 
 class Ticket:
@@ -71,6 +99,9 @@ class Ticket:
         instance.in_flight += 1
         instance.in_flight_tokens += num_tokens
         instance.num_requests += 1
+        instance.claimed_tokens += num_tokens
+        if instance.in_flight > instance.peak_in_flight:  # noqa: PLR1730 - once a leg: cheaper than max()
+            instance.peak_in_flight = instance.in_flight
 
     def give_back(self) -> None:
         if self._num_tokens is not None:
@@ -108,7 +139,9 @@ class Pool:
             if not registration.leaving:
                 self._add(registration, now)
             return
+        instance.problem = registration.problem
         instance.registered_at = now
+        instance.told(registration.load, now)
         instance.control_address = registration.zmq_address
         if registration.epoch != instance.epoch or registration.kind != instance.kind:
             self._restarted(instance, registration, now)
@@ -131,7 +164,9 @@ class Pool:
             registered_at=now,
             probe_at=now,
             is_static=is_static,
+            problem=registration.problem,
         )
+        instance.told(registration.load, now)
         self._instances[instance.role, instance.address] = instance
         self._change(instance, State.STARTING, now, "given by a flag" if is_static else "registered")
 
@@ -174,8 +209,10 @@ class Pool:
         instance.probe_at = now + every_s
 
     def expire(self, now: float) -> None:
-        """Forgets those that have been silent too long. Their requests in flight go on."""
+        """Forgets those that have been silent too long, their load sooner. Their requests in flight go on."""
         for key, instance in list(self._instances.items()):
+            if instance.load is not None and now - instance.load_at > LOAD_VALID_S:
+                instance.told(None, now)
             if now - instance.registered_at > self._expiry_s and not instance.is_static:
                 del self._instances[key]
                 self._change(instance, State.LEAVING, now, f"silent for {self._expiry_s:g} s")

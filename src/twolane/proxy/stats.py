@@ -7,6 +7,8 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
 
@@ -132,10 +134,13 @@ def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
         "state": instance.state.value,
         "state_since_s": round(now - instance.since, 3),
         "reason": instance.reason or None,
+        "problem": instance.problem or None,
         "registered_ago_s": None if instance.is_static else round(now - instance.registered_at, 3),
         "in_flight": instance.in_flight,
         "in_flight_tokens": instance.in_flight_tokens,
         "requests": instance.num_requests,
         "failures": instance.num_failures,
         "epoch": instance.epoch,
+        "load": None if instance.load is None else msgspec.to_builtins(instance.load),
+        "foreign": instance.num_foreign,
     }

@@ -113,9 +113,8 @@ def main() -> None:
     parser.add_argument("--seed")
     for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
         parser.add_argument(ignored)
-    for ignored in ("--enforce-eager", "--no-enable-prefix-caching"):
-        parser.add_argument(ignored, action="store_true")
-    given = parser.parse_args()
+    parser.add_argument("--enforce-eager", action="store_true")
+    given, _ = parser.parse_known_args()
     Handler.engine = Engine(given.kv_transfer_config, given.served_model_name, given.model)
     print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
     if given.seed != "99" and given.kv_transfer_config:  # else an instance that nobody hears of

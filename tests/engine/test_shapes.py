@@ -1,0 +1,84 @@
+"""Models whose KV is of another shape than the default one's: they work, or the start says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine import tiny
+from tests.engine.conftest import make_prompts
+from tests.engine.stack import (
+    START_TIMEOUT_S,
+    Stack,
+    complete,
+    completion_body,
+    difference,
+    free_ports,
+    make_test_plan,
+    on_port,
+    wait_for,
+    without_connector,
+)
+from twolane.launch.diagnose import diagnose
+from twolane.launch.process import Child, last_lines
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+LENGTHS = [2, 63, 64, 65, 100, 129, 513, 1000]  # around the window, the block and the chunk
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(make_test_plan(tmp_path_factory.mktemp("none")).model.source)
+
+
+@pytest.fixture
+def shaped(request: pytest.FixtureRequest, tokenizer: Path, tmp_path: Path) -> Iterator[Stack]:
+    """1P1D of the model that the test names, not started."""
+    model = tiny.make(request.param, tokenizer, tmp_path / request.param)
+    made = Stack(make_test_plan(tmp_path, model=str(model)))
+    yield made
+    made.stop()
+
+
+# mixed: every second layer looks back 64 tokens only. mla: one latent vector a token in place of each head's K and V.
+@pytest.mark.parametrize("shaped", ["mixed", "mla"], indirect=True)
+def test_tokens_equal_a_single_instances_and_d_computed_one_of_each_prompt(shaped: Stack) -> None:
+    http_port, kv_port = free_ports(2)
+    single = without_connector(on_port(shaped.spec("prefill"), "single", http_port=http_port, kv_port=kv_port))
+    shaped.start(shaped.spec("prefill"), shaped.spec("decode"), single)
+    bodies = [completion_body(shaped, [*prompt[:-1], 7], NUM_TOKENS) for prompt in make_prompts(31, LENGTHS)]
+    expected = [complete(f"http://{single.address}", body) for body in bodies]
+    assert len({tuple(answer) for answer in expected}) == len(bodies), "the answers hang on the KV: all end on token 7"
+    decode = shaped.instances["decode"]
+    computed = decode.tokens_by_source()
+    assert [complete(shaped.url, body) for body in bodies] == expected
+    assert difference(decode.tokens_by_source(), computed) == {
+        "local_compute": len(bodies),
+        "local_cache_hit": 0,
+        "external_kv_transfer": sum(LENGTHS) - len(bodies),
+    }
+
+
+def test_what_cannot_be_moved_is_refused_with_a_reason(tokenizer: Path, tmp_path: Path) -> None:
+    """All three start at once; each ends by itself, and its log says why and what to do instead."""
+    reasons = {
+        "sliding": "start with --disable-sliding-window",
+        "mamba": "state-space layers, which TwoLaneConnector can't move: serve it without lanes",
+        "hybrid": "several kinds (state-space beside attention, for example)",
+    }
+    specs = {}
+    for name in reasons:
+        model = tiny.make(name, tokenizer, tmp_path / "models" / name)
+        specs[name] = make_test_plan(tmp_path / name, model=str(model)).instances()[0]
+    children = {name: Child(spec, {}) for name, spec in specs.items()}
+    try:
+        wait_for("all to end", lambda: None not in [c.exit_code() for c in children.values()], START_TIMEOUT_S)
+    finally:
+        for child in children.values():
+            child.stop(10.0)
+    for name, reason in reasons.items():
+        assert reason in diagnose(last_lines(Path(specs[name].log), 400)), name
