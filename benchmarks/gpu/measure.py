@@ -190,6 +190,7 @@ class Measurement:
                 work = partial(self._push_pair, turn, live)
                 if live.prefill and not await clock.fits(f"push {live.setup.name}", work):
                     self._results.note(f"push: {live.setup.name} has {turn} pairs of blocks (budget)")
+                    return
             self._say(f"P's throughput: pair {turn + 1} of {self._options.push_blocks}")
 
     async def _push_pair(self, turn: int, live: Live) -> None:

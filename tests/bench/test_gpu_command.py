@@ -116,7 +116,7 @@ def test_ctrl_c_saves_what_there_is_and_leaves_nothing(place: Place, number: sig
 
 
 def test_a_setup_that_does_not_start_is_told_with_the_reason(place: Place) -> None:
-    run = place.start("--setups", "auto,plain", "--prefill-args=--no-such-option", *NO_LOAD)
+    run = place.start("--setups", "auto,plain", "--prefill-args=--port=none", *NO_LOAD)
     out, err = run.communicate(timeout=90)
     assert run.returncode == 0, err
     told = json.loads(out.splitlines()[-1])
