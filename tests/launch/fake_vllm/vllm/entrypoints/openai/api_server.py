@@ -114,7 +114,9 @@ def main() -> None:
     for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
         parser.add_argument(ignored)
     parser.add_argument("--enforce-eager", action="store_true")
-    given, _ = parser.parse_known_args()
+    given, others = parser.parse_known_args()  # vLLM knows more than these
+    if "--nope" in others:
+        parser.error("unrecognized arguments: --nope")
     Handler.engine = Engine(given.kv_transfer_config, given.served_model_name, given.model)
     print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
     if given.seed != "99" and given.kv_transfer_config:  # else an instance that nobody hears of
