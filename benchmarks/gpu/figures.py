@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.gpu.measure import PUSH_CONCURRENCY
 from benchmarks.gpu.record import Record, Results
 from benchmarks.gpu.trace import moments_of, spread, stage_rows
 
@@ -128,13 +127,15 @@ def _rates(records: list[Record]) -> dict[int, float]:
     return rates
 
 
-def steady_rate(ended_s: list[float], concurrency: int = PUSH_CONCURRENCY) -> float | None:
-    """Ends a second while all askers were at it: without the first ones, and the last, when the queue ran dry.
+def steady_rate(ended_s: list[float]) -> float | None:
+    """Ends a second: the slope of a line through all of them, so that one that was late or early counts little.
 
     What lies between P's last layer and an answer delays every end alike and cancels out.
     """
-    inner = sorted(ended_s)[concurrency - 1 : len(ended_s) - concurrency + 1]
-    return (len(inner) - 1) / (inner[-1] - inner[0]) if len(inner) > 1 and inner[-1] > inner[0] else None
+    ordered = sorted(ended_s)
+    if len(ordered) < 3 or ordered[0] == ordered[-1]:
+        return None
+    return 1 / statistics.linear_regression(range(len(ordered)), ordered).slope
 
 
 def received(results: Results) -> dict[str, dict[str, float]]:

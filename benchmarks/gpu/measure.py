@@ -124,9 +124,9 @@ class Measurement:
                 self._results.note(f"unloaded: {turn} of {count} requests a length and route fitted into the budget")
                 break
             if turn % STATS_EVERY == STATS_EVERY - 1:
-                await self._fetch_records()
+                await asyncio.to_thread(self.fetch_records)
                 self._say(f"unloaded: {turn + 1} of {count}")
-        await self._fetch_records()
+        await asyncio.to_thread(self.fetch_records)
 
     async def _turn(self, part: Part, turn: int) -> None:
         """The same prompt on every route, who is first changes from turn to turn."""
@@ -139,8 +139,8 @@ class Measurement:
 
     def _seed(self, part: Part, turn: int, length: int) -> int:
         """Another prompt each time: nothing that was computed before helps."""
-        parts: tuple[Part, ...] = ("warm-up", "unloaded", "loaded", "push")
-        return ((self._options.seed * 4 + parts.index(part)) * 100_000 + turn) * 1_000_000 + length
+        parts: tuple[Part, ...] = ("warm-up", "unloaded", "loaded", "push", "push warm-up")
+        return ((self._options.seed * len(parts) + parts.index(part)) * 100_000 + turn) * 1_000_000 + length
 
     async def _ask(self, part: Part, turn: int, route: Route, ask: Ask, address: str = "") -> Sample:
         """The request id gets the route's number, so that it names one request of the run."""
@@ -181,29 +181,33 @@ class Measurement:
 
     async def _push(self, clock: Clock) -> None:
         """Blocks of prompts with and without handoff, alternating; who begins changes from pair to pair."""
+        for live in self._lives:
+            if live.prefill:
+                for address in ("", live.prefill):
+                    await self._block("push warm-up", 0, live.routes[0], address, PUSH_CONCURRENCY)
         for turn in range(self._options.push_blocks):
             for live in self._lives:
                 work = partial(self._push_pair, turn, live)
                 if live.prefill and not await clock.fits(f"push {live.setup.name}", work):
                     self._results.note(f"push: {live.setup.name} has {turn} pairs of blocks (budget)")
+                    return
             self._say(f"P's throughput: pair {turn + 1} of {self._options.push_blocks}")
 
     async def _push_pair(self, turn: int, live: Live) -> None:
         pair = ["", live.prefill]  # through the proxy with handoff; P itself without
         for address in pair if turn % 2 == 0 else reversed(pair):
-            await self._block(turn, live.routes[0], address)
+            await self._block("push", turn, live.routes[0], address, self._options.push_prompts)
 
-    async def _block(self, turn: int, route: Route, address: str) -> None:
+    async def _block(self, part: Part, turn: int, route: Route, address: str, count: int) -> None:
         """Back to back: a few askers, each asks its next as soon as its last is answered."""
-        options = self._options
-        where = "P" if address else "handoff"
-        seeds = deque(self._seed("push", 1000 * turn + index, options.longest) for index in range(options.push_prompts))
+        length = self._options.longest
+        first = 1000 * turn + (500 if address else 0)
+        prompts = deque(random_prompt(self._seed(part, first + index, length), length) for index in range(count))
 
         async def asker(number: int) -> None:
-            while seeds:
-                prompt = random_prompt(seeds.popleft(), options.longest)
-                ask = Ask(0.0, prompt, 1, f"push-{where}-{turn}-{number}-{len(seeds)}")
-                await self._ask("push", turn, route, ask, address)
+            while prompts:
+                ask = Ask(0.0, prompts.popleft(), 1, f"push-{first}-{number}-{len(prompts)}")
+                await self._ask(part, turn, route, ask, address)
 
         async with asyncio.TaskGroup() as group:
             for number in range(PUSH_CONCURRENCY):
@@ -211,11 +215,11 @@ class Measurement:
 
     # --- what the other sides counted ---------------------------------------------------------------------------------
 
-    async def _fetch_records(self) -> None:
+    def fetch_records(self) -> None:
+        """What the proxies remember, which is their last 100 requests. Blocks."""
         for live in self._lives:
-            if live.proxy:
-                for record in await asyncio.to_thread(recent_requests, live.proxy):
-                    self._results.proxied[record["request_id"]] = record
+            for record in recent_requests(live.proxy) if live.proxy else []:
+                self._results.proxied[record["request_id"]] = record
 
     async def _sources(self) -> dict[str, dict[str, float]]:
         return {

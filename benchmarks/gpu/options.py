@@ -146,7 +146,7 @@ def _load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--load-rate", type=float, default=3.0, help="longest prompts a second; 0: no load (default 3)")
     group.add_argument("--load-requests", type=int, default=30, help="in one round of load (default 30)")
     group.add_argument("--load-rounds", type=int, default=2, help="rounds of load a path (default 2)")
-    group.add_argument("--push-prompts", type=int, default=24, help="a block of P's throughput (default 24; 0: none)")
+    group.add_argument("--push-prompts", type=int, default=32, help="a block of P's throughput (default 32; 0: none)")
     group.add_argument("--push-blocks", type=int, default=4, help="with handoff, as many without (default 4)")
     group.add_argument("--seed", type=int, default=1)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from twolane.bench.client import Sample
 
-Part = Literal["warm-up", "unloaded", "loaded", "push"]
+Part = Literal["warm-up", "unloaded", "loaded", "push", "push warm-up"]
 
 
 @dataclass(frozen=True)

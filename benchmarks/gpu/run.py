@@ -66,6 +66,10 @@ class Run:
         self._options.out.mkdir(parents=True, exist_ok=True)
         for index, group in enumerate(groups):
             left_s = self._end_s - time.monotonic()
+            if left_s <= 0:
+                for setup in group:
+                    self._skip(setup, "the budget was spent before its turn")
+                continue
             self._group(index, group, machine, model, time.monotonic() + left_s / (len(groups) - index))
 
     def _say(self, text: str) -> None:
@@ -139,7 +143,12 @@ class Run:
 
     def _measure(self, lives: list[Live], end_s: float) -> None:
         self._say(f"measuring {', '.join(live.setup.name for live in lives)}")
-        asyncio.run(Measurement(lives, self._options, self._results, self._say).run(end_s))
+        measurement = Measurement(lives, self._options, self._results, self._say)
+        try:
+            asyncio.run(measurement.run(end_s))
+        except KeyboardInterrupt:
+            measurement.fetch_records()
+            raise
 
     def _attached(self) -> None:
         options = self._options
@@ -156,9 +165,8 @@ class Run:
             self._results.moments.update(by_transfer(read_traces(map(Path, options.trace_files))))
 
     def _trace_files(self, setup: Setup) -> list[Path]:
-        """A worker may put its rank into the name, before or behind the ending."""
         stems = [trace_file(self._options, setup, role) for role in ("prefill", "decode")]
-        return [file for stem in stems for file in sorted(stem.parent.glob(f"{stem.stem}*"))]
+        return [file for stem in stems for file in sorted(stem.parent.glob(f"{stem.name}.*.jsonl"))]
 
     def _remove_old_traces(self, setup: Setup) -> None:
         trace_file(self._options, setup, "prefill").parent.mkdir(parents=True, exist_ok=True)

@@ -163,7 +163,8 @@ def _extra(setup: Setup, options: Options, spec: ServiceSpec) -> dict[str, objec
 
 
 def trace_file(options: Options, setup: Setup, role: str) -> Path:
-    return options.out / "traces" / f"{setup.name}-{role}.jsonl"
+    """Workers put side, rank and an ending behind it."""
+    return options.out / "traces" / f"{setup.name}-{role}"
 
 
 def with_extra(spec: ServiceSpec, extra: dict[str, object]) -> ServiceSpec:

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pynvml
+
 from twolane.config import Settings
 from twolane.launch import benchmark
 
@@ -20,10 +22,22 @@ def surroundings(commit: str) -> dict[str, Any]:
     del found["configuration"]  # each setup's own commands are saved
     found["versions"] |= {name: version for name in MORE_PACKAGES if (version := _version(name))}
     found["commit"] = commit or git_commit()
-    found["driver"] = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found["driver"] = driver_version()
     found["topology"] = _said_by("nvidia-smi", "topo", "-m")
     found["gpus"] = _said_by("nvidia-smi", "--query-gpu=index,name,memory.total,pcie.link.gen.max", "--format=csv")
     return found
+
+
+def driver_version() -> str:
+    """Empty without an NVIDIA driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ""
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def git_commit() -> str:

@@ -7,7 +7,7 @@ and the event (`P computed`); with several ranks it is the last rank's.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from twolane.bench.report import percentile
 
 
 class Event(msgspec.Struct, frozen=True):
-    """A line of `trace_file`."""
+    """A line of `trace_file`; see src/twolane/connector/trace.py."""
 
     t: float
     side: Literal["P", "D"]
@@ -30,15 +30,14 @@ class Event(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Stage:
-    """From one moment to another. `critical`: a row of the chain that adds up to TTFT."""
+    """From one moment to another."""
 
     name: str
     start: str
     end: str
-    critical: bool = True
 
 
-STAGES = (
+CHAIN = (  # each begins where the one before ends; together they are TTFT
     Stage("client to proxy: HTTP, the body parsed", "sent", "proxy"),
     Stage("proxy to P's first step: HTTP, parsing, schedule", "proxy", "P offered"),
     Stage("P: forward passes launched", "P offered", "P launched"),
@@ -48,15 +47,17 @@ STAGES = (
     Stage("DONE to D's engine", "D landed", "D reported"),
     Stage("D: schedule, launch of its step", "D reported", "D stepped"),
     Stage("D's step, sampling, HTTP, to the client's first token", "D stepped", "first token"),
-    Stage("all: TTFT", "sent", "first token", critical=False),
-    Stage("last layer to DONE seen at D", "P computed", "D landed", critical=False),
-    Stage("last layer to first token", "P computed", "first token", critical=False),
-    Stage("proxy to D's blocks allocated", "proxy", "D allocated", critical=False),
-    Stage("P's first step to D's blocks allocated", "P offered", "D allocated", critical=False),
-    Stage("D's blocks to announce sent", "D allocated", "D announce_sent", critical=False),
-    Stage("announce on its way to P", "D announce_sent", "P announced", critical=False),
-    Stage("announce at P before the last layer", "P announced", "P computed", critical=False),
-    Stage("first byte to first token (client)", "first byte", "first token", critical=False),
+)
+BESIDE = (
+    Stage("all: TTFT", "sent", "first token"),
+    Stage("last layer to DONE seen at D", "P computed", "D landed"),
+    Stage("last layer to first token", "P computed", "first token"),
+    Stage("proxy to D's blocks allocated", "proxy", "D allocated"),
+    Stage("P's first step to D's blocks allocated", "P offered", "D allocated"),
+    Stage("D's blocks to announce sent", "D allocated", "D announce_sent"),
+    Stage("announce on its way to P", "D announce_sent", "P announced"),
+    Stage("announce at P before the last layer", "P announced", "P computed"),
+    Stage("first byte to first token (client)", "first byte", "first token"),
 )
 
 
@@ -96,14 +97,31 @@ def moments_of(sample: Sample, record: Mapping[str, Any], traced: Mapping[str, f
 
 
 def stage_rows(requests: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """One row a stage, in ms over the requests that have both its moments; a stage that none has is left out."""
+    """One row a stage, in ms over the requests that have both its moments; a stage that none has is left out.
+
+    `critical`: a row of the chain.
+    """
+    chain = joined({moment for moments in requests for moment in moments})
     rows: list[dict[str, Any]] = []
-    for stage in STAGES:
+    for stage in (*chain, *BESIDE):
         took_ms = [1e3 * (m[stage.end] - m[stage.start]) for m in requests if stage.start in m and stage.end in m]
         if took_ms:
-            row = {"stage": stage.name, "from": stage.start, "to": stage.end, "critical": stage.critical}
+            row = {"stage": stage.name, "from": stage.start, "to": stage.end, "critical": stage in chain}
             rows.append(row | spread(took_ms))
     return rows
+
+
+def joined(known: Collection[str]) -> list[Stage]:
+    """The chain, with stages made one where nobody noted the moment between them."""
+    chain: list[Stage] = []
+    names: list[str] = []
+    start = CHAIN[0].start
+    for stage in CHAIN:
+        names.append(stage.name)
+        if stage.end in known:
+            chain.append(Stage("; ".join(names), start, stage.end))
+            names, start = [], stage.end
+    return chain
 
 
 def spread(values: Sequence[float], digits: int = 2) -> dict[str, Any]:

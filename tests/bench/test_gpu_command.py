@@ -21,7 +21,7 @@ from twolane.launch.ports import is_free
 
 ROOT = Path(__file__).parent.parent.parent
 FAKE_VLLM = ROOT / "tests" / "launch" / "fake_vllm"
-SMALL = ("--lengths", "16,32", "--requests", "3", "--output", "3", "--no-trace", "--seed", "5")
+SMALL = ("--lengths", "16,32", "--requests", "3", "--output", "3", "--seed", "5")
 LOAD = ("--load-rate", "50", "--load-requests", "4", "--push-prompts", "10", "--push-blocks", "2")
 NO_LOAD = ("--load-rate", "0", "--push-prompts", "0")
 
@@ -78,6 +78,10 @@ def test_setups_that_live_together_are_asked_in_turns(place: Place) -> None:
     assert not any(record["sample"]["error"] for record in report["results"]["records"])
     assert {row["setup"] for row in report["figures"]["push"]} == {"auto"}
     assert report["results"]["proxied"]["unloaded-0-16-auto-0"]["transfer_id"]
+    (table,) = (table for table in report["figures"]["stages"] if table["length"] == 32)
+    assert table["route"] == "auto"
+    assert {row["n"] for row in table["rows"]} == {3}
+    assert [row["to"] for row in table["rows"] if row["critical"]][-1] == "first token"
     assert place.nothing_runs()
 
 
@@ -106,12 +110,13 @@ def test_ctrl_c_saves_what_there_is_and_leaves_nothing(place: Place, number: sig
     assert run.returncode == 130, err
     told = json.loads(out.splitlines()[-1])
     assert told["notes"] == ["interrupted"]
+    assert place.saved()["results"]["proxied"]
     assert told["unloaded"]["auto, 16"]["n"] > 0
     assert place.nothing_runs()
 
 
 def test_a_setup_that_does_not_start_is_told_with_the_reason(place: Place) -> None:
-    run = place.start("--setups", "auto,plain", "--prefill-args=--no-such-option", *NO_LOAD)
+    run = place.start("--setups", "auto,plain", "--prefill-args=--port=none", *NO_LOAD)
     out, err = run.communicate(timeout=90)
     assert run.returncode == 0, err
     told = json.loads(out.splitlines()[-1])

@@ -55,10 +55,11 @@ def test_one_instance_is_held_against_if_it_lived_at_the_same_time(group: int, e
     assert [entry["baseline"] for entry in row["above"]] == expected
 
 
-def test_a_steady_rate_leaves_out_the_beginning_and_the_end() -> None:
-    ends = [100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.1, 50.0]
-    assert steady_rate(ends, concurrency=3) == pytest.approx(1.0)
-    assert steady_rate(ends[:4], concurrency=4) is None
+def test_a_rate_is_of_all_ends_and_one_late_end_counts_little() -> None:
+    ends = [10.0 + index / 4 for index in range(32)]
+    assert steady_rate(ends) == pytest.approx(4.0)
+    assert steady_rate([*ends[:-1], ends[-1] + 0.05]) == pytest.approx(4.0, rel=0.002)
+    assert steady_rate(ends[:2]) is None
 
 
 def test_what_p_loses_is_the_ratio_of_each_pair_of_blocks() -> None:

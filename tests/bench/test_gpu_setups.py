@@ -35,7 +35,7 @@ def test_a_transport_is_a_pair_with_that_setting_and_a_trace() -> None:
     extra = connector_of(plan, "prefill")["kv_connector_extra_config"]
     assert isinstance(extra, dict)
     assert (extra["transport"], extra["slot_bytes"]) == ("cuda_ipc", 1024)
-    assert extra["trace_file"] == "/tmp/x/traces/cuda_ipc@slot_bytes=1024-prefill.jsonl"  # noqa: S108
+    assert extra["trace_file"] == "/tmp/x/traces/cuda_ipc@slot_bytes=1024-prefill"  # noqa: S108
     assert {spec.env["CUDA_VISIBLE_DEVICES"] for spec in plan.instances()} == {"0"}
     assert all("--no-enable-prefix-caching" in spec.argv for spec in plan.instances())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu.trace import STAGES, by_transfer, moments_of, read_traces, spread, stage_rows
+from benchmarks.gpu.trace import CHAIN, by_transfer, moments_of, read_traces, spread, stage_rows
 
 from twolane.bench.client import Sample
 
@@ -31,9 +31,8 @@ def test_of_several_ranks_the_last_counts() -> None:
 
 def test_the_critical_stages_add_up_to_ttft() -> None:
     rows = rows_of_a()
-    critical = [stage for stage in STAGES if stage.critical]
-    assert [stage.end for stage in critical[:-1]] == [stage.start for stage in critical[1:]]
-    assert sum(rows[stage.name] for stage in critical) == pytest.approx(112.0, abs=0.05)
+    assert [stage.end for stage in CHAIN[:-1]] == [stage.start for stage in CHAIN[1:]]
+    assert sum(rows[stage.name] for stage in CHAIN) == pytest.approx(112.0, abs=0.05)
     assert rows["all: TTFT"] == pytest.approx(112.0)
 
 
@@ -50,7 +49,16 @@ def test_requests_without_a_moment_are_left_out_of_its_stages() -> None:
     counts = {row["stage"]: row["n"] for row in stage_rows(both)}
     assert counts["P: the GPU computes to the last layer"] == 2
     assert counts["last layer to last byte"] == 1
-    assert "client to proxy: HTTP, the body parsed" not in counts
+    assert counts["client to proxy: HTTP, the body parsed; proxy to P's first step: HTTP, parsing, schedule"] == 2
+
+
+def test_stages_are_one_where_nobody_noted_the_moment_between() -> None:
+    moments = by_transfer(read_traces(FILES))["a"]
+    del moments["P computed"]
+    rows = stage_rows([moments_of(SAMPLE, {"started_s": 100.001}, moments)])
+    critical = [row for row in rows if row["critical"]]
+    assert sum(row["median"] for row in critical) == pytest.approx(112.0, abs=0.05)
+    assert [row["from"] for row in critical if row["to"] == "P pushed"] == ["P launched"]
 
 
 def test_spread_is_of_values_that_occurred() -> None:

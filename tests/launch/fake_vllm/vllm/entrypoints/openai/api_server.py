@@ -15,8 +15,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from twolane.connector.trace import Event, Trace
+
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
+PREFILL_EVENTS: tuple[Event, ...] = ("offered", "announced", "launched", "computed", "pushed")
+DECODE_EVENTS: tuple[Event, ...] = ("allocated", "announce_sent", "landed", "reported", "stepped")
 
 
 class Engine:
@@ -27,6 +31,16 @@ class Engine:
         self.names = names
         self.model = model
         self.moved = 0
+        trace_file = (config or {}).get("kv_connector_extra_config", {}).get("trace_file", "")
+        self.trace = Trace(trace_file, "P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0)
+
+    def note_transfer(self, params: dict[str, Any]) -> None:
+        """As the connector would, all of it at once."""
+        prefill = bool(params.get("do_remote_decode"))
+        for event in PREFILL_EVENTS if prefill else DECODE_EVENTS:
+            self.trace.note(params["transfer_id"], event)
+        if not prefill:
+            self.moved += 4
 
     def register(self) -> None:
         extra = self.config["kv_connector_extra_config"]
@@ -67,8 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if (body.get("kv_transfer_params") or {}).get("do_remote_prefill"):
-            self.engine.moved += 4
+        if params := body.get("kv_transfer_params"):
+            self.engine.note_transfer(params)
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"content": TEXT}} if "messages" in body else {"text": TEXT}
         usage = self.engine.usage(body.get("max_tokens", TOKENS))
@@ -100,7 +114,9 @@ def main() -> None:
     for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
         parser.add_argument(ignored)
     parser.add_argument("--enforce-eager", action="store_true")
-    given, _ = parser.parse_known_args()
+    given, others = parser.parse_known_args()  # vLLM knows more than these
+    if "--nope" in others:
+        parser.error("unrecognized arguments: --nope")
     Handler.engine = Engine(given.kv_transfer_config, given.served_model_name, given.model)
     print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
     if given.seed != "99" and given.kv_transfer_config:  # else an instance that nobody hears of
