@@ -38,7 +38,7 @@ BLOCK_TOKENS = 16
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transport", default="cuda_ipc", choices=["cuda_ipc", "shm"])
+    parser.add_argument("--transport", default="cuda_ipc", choices=["cuda_ipc", "shm", "nccl"])
     parser.add_argument("--source-gpu", default="0", help="CUDA_VISIBLE_DEVICES of the sending process")
     parser.add_argument("--target-gpu", default="0", help="CUDA_VISIBLE_DEVICES of the receiving process")
     parser.add_argument("--tokens", default="1024,8192", help="lengths of the prompts, with commas")

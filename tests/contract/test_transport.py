@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -61,13 +61,21 @@ class Pair:
             time.sleep(0.001)
         return ticket
 
+    def room(self, link: Link, first_item: int) -> int:
+        """Once there is some: the two sides may still be meeting."""
+        deadline_s = time.monotonic() + 30
+        while not (room := link.channel.room(first_item)):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        return room
+
     def push(self, link: Link, blocks: list[tuple[int, int]], fence: Fence | None = None) -> int:
         """Moves (source, target) block pairs with as many pushes as it takes; returns bytes."""
         layers, fence = self.memory.layers, fence or self.senders.fence()
         sources, targets = [source for source, _ in blocks], [target for _, target in blocks]
         first, moved = 0, 0
         while first < len(blocks) * layers:
-            count = min(link.channel.room(first), len(blocks) * layers - first)
+            count = min(self.room(link, first), len(blocks) * layers - first)
             wanted = select_items(targets, first, count, layers)
             ticket = self.wait(link.channel.push(select_items(sources, first, count, layers), wanted, fence))
             assert not ticket.error
@@ -83,6 +91,11 @@ def ways() -> list[object]:
     on_gpu = [
         pytest.param(("cuda:0", transport), marks=[pytest.mark.gpu, gpu], id=f"gpu-{transport}")
         for transport in ("shm", "cuda_ipc")
+    ]
+    two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+    on_gpu += [
+        pytest.param(("cuda:0", transport, "cuda:1"), marks=[pytest.mark.gpu, two], id=f"two-gpus-{transport}")
+        for transport in ("shm", "cuda_ipc", "nccl")
     ]
     return [pytest.param(("cpu", "shm"), id="cpu-shm"), *on_gpu]
 
@@ -101,11 +114,11 @@ def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
 
 @pytest.fixture(params=ways())
 def pair(request: pytest.FixtureRequest, shape: tuple[int, ...], child: TargetProcess) -> Iterator[Pair]:
-    device, transport = request.param
+    device, transport, *other = request.param
     memory = Memory(shape, device, transport)
     source = memory.make(fill=True)
     senders = senders_for(layout_of(source, NUM_BLOCKS), memory.settings(), no_wake)
-    yield Pair(memory, source, senders, child, child.make(memory))
+    yield Pair(memory, source, senders, child, child.make(replace(memory, device=other[0]) if other else memory))
     senders.close()
     child.end()
 

@@ -19,9 +19,9 @@ from twolane.connector.transport.base import Ticket
 from twolane.errors import TransferError
 from twolane.protocol import ToPrefill, decode_to_decode, encode
 
-# vLLM's engine sleeps 1 ms after a step that computed nothing, and takes up what a step reported in the second step after
-# it. Waiting inside such a step finds the last byte sooner than asking again after a sleep. New requests wait for it
-# too, which is why it is short.
+# vLLM's engine sleeps 1 ms after a step that computed nothing, and takes up what a step reported in the second step
+# after it. Waiting inside such a step finds the last byte sooner than asking again after a sleep. New requests wait too,
+# which is why it is short.
 PATIENCE_S = 0.002
 
 LAST_WORDS_MS = 200  # how long a closed connection may go on sending

@@ -347,7 +347,8 @@ class PrefillSide:
         was_open = outgoing.ended is None
         outgoing.done()
         if was_open and outgoing.ended == "":
-            self._trace.note(outgoing.transfer_id, "computed", ticket.ready_at_s)
+            if ticket.ready_at_s is not None:
+                self._trace.note(outgoing.transfer_id, "computed", ticket.ready_at_s)
             self._trace.note(outgoing.transfer_id, "pushed", ticket.done_at_s)
             self._counters.kv_sent_transfers += 1
             self._counters.kv_sent_tokens += outgoing.num_tokens

@@ -6,8 +6,7 @@ import ctypes
 from typing import Protocol
 
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Fence, Items, Ticket, Wake
-from twolane.errors import ConfigError
+from twolane.connector.transport.base import Fence, Items, Ticket
 
 
 class Copier(Protocol):
@@ -104,14 +103,3 @@ class HostCopier:
     def poll(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def copier_for(layout: KVLayout, wake: Wake) -> Copier:
-    """The copier for the memory the KV lies in. Raises ConfigError where there is none."""
-    if layout.device == "cpu":
-        return HostCopier(layout)
-    if layout.device.startswith("cuda"):
-        from twolane.connector.transport.cuda.copier import CudaCopier  # noqa: PLC0415 - needs torch with CUDA
-
-        return CudaCopier(layout, wake)
-    raise ConfigError(f"KV caches on {layout.device}: TwoLane moves KV of cpu and cuda only.")

@@ -120,6 +120,8 @@ class CudaCopier:
     def __init__(self, layout: KVLayout, wake: Wake) -> None:
         self.device = torch.device(layout.device)
         self.num_blocks = layout.num_blocks
+        self.num_layers = len(layout.regions)
+        self.wake = wake
         driver.bind(self.device)
         try:
             self.planes = PlaneTable(planes_of(layout), self.device)
@@ -137,14 +139,14 @@ class CudaCopier:
         self._endings: list[tuple[object, Callable[[], None]]] = []
         self._last_copies: dict[Lane, torch.cuda.Event] = {}
         self._block_bytes = sum(plane.size_bytes for plane in self.planes.planes)
-        self._always = permit_of(0, 0, self.device)
+        self.always = permit_of(0, 0, self.device)
         self._bound = threading.local()
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Compiles the kernel, so that the first request doesn't pay for it."""
         none = torch.zeros((2, 0), dtype=torch.int32, device=self.device)
-        copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1, permit=self._always)
+        copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1, permit=self.always)
         torch.cuda.current_stream(self.device).synchronize()
 
     # -- engine's thread
@@ -154,10 +156,10 @@ class CudaCopier:
         if index == 0:
             self._marks = []  # of a pass that never came to its end
         if index is not None and (index + 1) % self._mark_every == 0 and index + 1 < len(self._layer_index):
-            self._marks.append((index + 1, self._event_now()))
+            self._marks.append((index + 1, self.event_now()))
 
     def fence(self) -> Fence:
-        marks = [*self._marks, (len(self._layer_index), self._event_now(blocking=True))]
+        marks = [*self._marks, (len(self._layer_index), self.event_now(blocking=True))]
         self._marks = []
         return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
 
@@ -168,7 +170,7 @@ class CudaCopier:
     def passes(self) -> Ticket:
         ticket = Ticket(0)
         job = Job(ticket, object(), None)
-        event = self._event_now(blocking=True)
+        event = self.event_now(blocking=True)
         if event.query():
             ticket.done = True
         else:
@@ -176,8 +178,8 @@ class CudaCopier:
             self.following.waiter.add(None, event, job)
         return ticket
 
-    def _event_now(self, *, blocking: bool = False) -> torch.cuda.Event:
-        """`blocking`: who waits for it sleeps."""
+    def event_now(self, *, blocking: bool = False) -> torch.cuda.Event:
+        """On the current stream. `blocking`: who waits for it sleeps."""
         event = torch.cuda.Event(blocking=blocking)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -192,16 +194,18 @@ class CudaCopier:
 
     def copy(
         self, owner: object, fence: Fence, sources: list[int], targets: list[int], ticket: Ticket, launch: Launch
-    ) -> None:
-        """Moves block `sources[i]` to block `targets[i]` by `launch`, a group of layers each time, behind its mark."""
+    ) -> torch.cuda.Event:
+        """Moves block `sources[i]` to block `targets[i]` by `launch`, a group of layers each time, behind its mark.
+
+        Returns what is over when all has moved."""
         self.bind()
         lane = self._lane(fence)
         with torch.cuda.stream(lane.stream):
-            block_ids = self._upload(sources, targets)
+            block_ids = self.upload(sources, targets)
             for first, end, event in self._groups(fence, len(sources)):
                 lane.stream.wait_event(event)
                 launch(block_ids, self._end_plane[first], self._end_plane[end] - self._end_plane[first])
-        self._begin(lane, owner, ticket, block_ids, fence)
+        return self._begin(lane, owner, ticket, block_ids, fence)
 
     def _lane(self, fence: Fence) -> Lane:
         assert isinstance(fence, PassFence)
@@ -221,16 +225,32 @@ class CudaCopier:
                 first = end
         return groups
 
-    def _upload(self, sources: list[int], targets: list[int]) -> torch.Tensor:
+    def upload(self, sources: list[int], targets: list[int]) -> torch.Tensor:
         assert len(sources) == len(targets)
         host = torch.tensor([sources, targets], dtype=torch.int32).pin_memory()
         return host.to(self.device, non_blocking=True)
 
-    def _begin(self, lane: Lane, owner: object, ticket: Ticket, keeps: object, fence: Fence | None = None) -> None:
-        job = Job(ticket, owner, keeps)
-        self._jobs.append(job)
+    def _begin(
+        self, lane: Lane, owner: object, ticket: Ticket, keeps: object, fence: Fence | None = None
+    ) -> torch.cuda.Event:
+        job = self.add_job(ticket, owner, keeps)
         ready = fence.events[-1] if isinstance(fence, PassFence) else None
         self._last_copies[lane] = lane.finish(job, ready)
+        return self._last_copies[lane]
+
+    def add_job(self, ticket: Ticket, owner: object, keeps: object) -> Job:
+        """The caller sees to it that some Waiter ends it."""
+        job = Job(ticket, owner, keeps)
+        self._jobs.append(job)
+        return job
+
+    def fail_jobs(self, owner: object, error: str) -> None:
+        """Nothing of this owner moves any more."""
+        for job in self._jobs:
+            if job.owner is owner:
+                job.ticket.error = job.ticket.error or error
+                job.is_through = True
+        self.wake()
 
     def poll(self) -> None:
         blocked: list[object] = []
@@ -259,11 +279,13 @@ class CudaCopier:
 
     def capacity(self, slot_bytes: int, first_item: int) -> int:
         """Whole blocks only."""
-        num_layers = len(self._layer_index)
-        blocks = slot_bytes // self._block_bytes
-        if blocks == 0:
+        return self.blocks_in(slot_bytes) * self.num_layers - first_item % self.num_layers
+
+    def blocks_in(self, slot_bytes: int) -> int:
+        """At least one, or ConfigError."""
+        if slot_bytes < self._block_bytes:
             raise ConfigError(f"slot_bytes {slot_bytes} holds no block of {self._block_bytes} bytes: raise it.")
-        return blocks * num_layers - first_item % num_layers
+        return slot_bytes // self._block_bytes
 
     def pin(self, address: int, size_bytes: int) -> None:
         self.bind()
@@ -281,7 +303,7 @@ class CudaCopier:
         lane = self._lane(fence)
         with torch.cuda.stream(lane.stream):
             dense, base = lane.staging(self.planes.planes, num_blocks)
-            block_ids = self._upload(items.blocks, list(range(num_blocks)))
+            block_ids = self.upload(items.blocks, list(range(num_blocks)))
             lane.stream.wait_event(fence.events[-1])  # type: ignore[attr-defined]
             self._launch_all(self.planes, dense, block_ids)
             driver.copy_to_host(address, base, ticket.size_bytes, lane.stream)
@@ -297,13 +319,13 @@ class CudaCopier:
         with torch.cuda.stream(lane.stream):
             dense, base = lane.staging(self.planes.planes, num_blocks)
             driver.copy_from_host(base, address, ticket.size_bytes, lane.stream)
-            block_ids = self._upload(list(range(num_blocks)), items.blocks)
+            block_ids = self.upload(list(range(num_blocks)), items.blocks)
             self._launch_all(dense, self.planes, block_ids)
         self._begin(lane, self, ticket, block_ids)
         return ticket
 
     def _launch_all(self, sources: PlaneTable, targets: PlaneTable, block_ids: torch.Tensor) -> None:
-        copy_blocks(sources, targets, block_ids, first_plane=0, num_planes=len(self.planes.planes), permit=self._always)
+        copy_blocks(sources, targets, block_ids, first_plane=0, num_planes=len(self.planes.planes), permit=self.always)
 
     def close(self) -> None:
         for lane in (self.following, self.overtaking):

@@ -1,0 +1,273 @@
+"""Transport `nccl`: staging buffers of bounded size on both GPUs, NCCL's send and receive between them.
+
+One communicator a pair of workers, made and used by a thread of its own (`Pair`), so that neither the engine nor the
+agent ever waits for the other side. P gathers blocks into a slot, says Push and sends; D receives into its slot of the
+same number and scatters. Both post in the order of the Push messages. When either side goes, the other aborts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import msgspec
+import torch
+
+from twolane.connector.agent import logger
+from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.cuda import driver
+from twolane.connector.transport.cuda.copier import CudaCopier, Waiter
+from twolane.connector.transport.cuda.kernel import PlaneTable, copy_blocks, dense_planes
+from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
+from twolane.errors import TransferError
+
+_POLL_S = 5e-5  # how often a call in progress is looked at
+_MIB = 1 << 20
+
+
+class Meeting(msgspec.Struct, frozen=True):
+    """What D needs to join P's communicator. `num_slots` of `blocks_per_slot` blocks each."""
+
+    id: bytes
+    num_slots: int
+    blocks_per_slot: int
+
+
+def gpu_identity(device: torch.device) -> str:
+    """The same for two processes only on the same GPU, whatever either sees of the machine."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+class Staging:
+    """Slots on the GPU: dense buffers, each a paged memory for the kernel."""
+
+    def __init__(self, copier: CudaCopier, num_slots: int, blocks_per_slot: int) -> None:
+        """Raises TransferError where there is no memory for it."""
+        planes = copier.planes.planes
+        self.block_bytes = sum(plane.size_bytes for plane in planes)
+        size_bytes = blocks_per_slot * self.block_bytes
+        try:
+            self.buffers = [torch.empty(size_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots)]
+        except torch.cuda.OutOfMemoryError as error:
+            raise TransferError(
+                f"no {num_slots * size_bytes // _MIB} MiB of GPU memory for staging: lower gpu_memory_utilization, "
+                "slot_bytes or num_slots"
+            ) from error
+        self.tables = [PlaneTable(dense_planes(planes, buffer.data_ptr()), copier.device) for buffer in self.buffers]
+
+
+class Pair:
+    """The thread of one communicator. `call(post)` makes it run `post(communicator, stream)` and wait until NCCL has
+    taken it; in order. Ends on `end`, on the first error, or when the other rank is lost; then aborts, and `error` says
+    why."""
+
+    def __init__(self, name: bytes, rank: int, device: torch.device) -> None:
+        self.error = ""
+        self.is_joined = False
+        self._device = device
+        self._name, self._rank = name, rank
+        self._posts: SimpleQueue[Callable[[Communicator, torch.cuda.Stream], None]] = SimpleQueue()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="twolane-nccl", daemon=True)
+        self._thread.start()
+
+    def call(self, post: Callable[[Communicator, torch.cuda.Stream], None]) -> None:
+        self._posts.put(post)
+
+    def end(self) -> None:
+        self._ending.set()
+
+    def join(self, timeout_s: float) -> None:
+        self.end()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        driver.bind(self._device)
+        communicator = None
+        try:
+            communicator = Communicator(self._name, self._rank)
+            self._settle(communicator)
+            self.is_joined = True
+            stream = torch.cuda.Stream(self._device, priority=-1)
+            while not self._ending.is_set():
+                try:
+                    post = self._posts.get(timeout=0.05)
+                except Empty:
+                    communicator.is_settled()  # tells of a lost rank
+                    continue
+                post(communicator, stream)
+                self._settle(communicator)
+        except (NcclError, RuntimeError) as error:
+            self.error = str(error)
+            logger.error("nccl: %s", error)
+        finally:
+            self.error = self.error or "closed"
+            if communicator is not None:
+                communicator.abort()
+
+    def _settle(self, communicator: Communicator) -> None:
+        while not communicator.is_settled():
+            if self._ending.is_set():
+                raise NcclError("given up while the other rank was awaited")
+            time.sleep(_POLL_S)
+
+
+class NcclSend:
+    """P's half."""
+
+    name = "nccl"
+
+    def __init__(self, copier: CudaCopier, *, slot_bytes: int, num_slots: int, zero: bool = False) -> None:
+        self._copier = copier
+        self._blocks_per_slot = copier.blocks_in(slot_bytes or copier.slot_bytes)
+        self._num_slots = num_slots
+        self._zero = zero
+
+    def open(self, data: dict[str, Any], pid: int, host: str) -> tuple[NcclSendChannel, dict[str, Any]]:  # noqa: ARG002
+        self._copier.bind()
+        if data.get("gpu") == gpu_identity(self._copier.device):
+            raise TransferError("both workers are on one GPU, where NCCL takes no two ranks")
+        try:
+            meeting = Meeting(new_id(), self._num_slots, self._blocks_per_slot)
+        except NcclError as error:
+            raise TransferError(str(error)) from error
+        return NcclSendChannel(self._copier, meeting, zero=self._zero), msgspec.structs.asdict(meeting)
+
+    def close(self) -> None: ...
+
+
+class NcclSendChannel:
+    """Mutable state: which slots are free."""
+
+    def __init__(self, copier: CudaCopier, meeting: Meeting, *, zero: bool) -> None:
+        self._copier = copier
+        self._meeting = meeting
+        self._zero = zero
+        self._staging = Staging(copier, meeting.num_slots, meeting.blocks_per_slot)
+        self._free = list(range(meeting.num_slots))
+        self._pair = Pair(meeting.id, 0, copier.device)
+
+    def room(self, first_item: int) -> int:
+        if self._pair.error:
+            return self._capacity(first_item)  # so that `push` can say it
+        return self._capacity(first_item) if self._pair.is_joined and self._free else 0
+
+    def _capacity(self, first_item: int) -> int:
+        num_layers = self._copier.num_layers
+        return self._meeting.blocks_per_slot * num_layers - first_item % num_layers
+
+    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
+        if self._pair.error:
+            return Ticket(0, done=True, error=f"nccl: {self._pair.error}")
+        slot = self._free.pop(0)
+        size_bytes = len(sources.blocks) * self._staging.block_bytes
+        ticket, table, buffer = Ticket(size_bytes, slot), self._staging.tables[slot], self._staging.buffers[slot]
+
+        def launch(block_ids: torch.Tensor, first_plane: int, num_planes: int) -> None:
+            copy_blocks(
+                self._copier.planes,
+                table,
+                block_ids,
+                first_plane=first_plane,
+                num_planes=num_planes,
+                permit=self._copier.always,
+            )
+            if self._zero:
+                buffer.zero_()
+
+        numbers = list(range(len(sources.blocks)))
+        gathered = self._copier.copy(self, fence, sources.blocks, numbers, ticket, launch)
+
+        def post(communicator: Communicator, stream: torch.cuda.Stream) -> None:
+            stream.wait_event(gathered)
+            communicator.send(buffer.data_ptr(), size_bytes, stream)
+
+        self._pair.call(post)
+        return ticket
+
+    def release(self, slot: int) -> None:
+        if 0 <= slot < self._meeting.num_slots and slot not in self._free:
+            self._free.append(slot)
+
+    def close(self) -> None:
+        """Aborts: D is gone, or connected anew."""
+        self._pair.end()
+
+
+class NcclReceive:
+    """D's half: an NcclReceiveHalf for each P."""
+
+    def __init__(self, copier: CudaCopier) -> None:
+        self._copier = copier
+
+    def open(self) -> NcclReceiveHalf:
+        return NcclReceiveHalf(self._copier)
+
+    def close(self) -> None: ...
+
+
+class NcclReceiveHalf:
+    """Mutable state: the pair, and the jobs that it hasn't ended."""
+
+    name = "nccl"
+    direct = False
+
+    def __init__(self, copier: CudaCopier) -> None:
+        self._copier = copier
+        self._pair: Pair | None = None
+        self._staging: Staging | None = None
+        self._waiter: Waiter | None = None
+
+    def offer(self) -> dict[str, Any]:
+        self._copier.bind()
+        return {"gpu": gpu_identity(self._copier.device)}
+
+    def attach(self, data: dict[str, Any], pid: int) -> None:  # noqa: ARG002
+        try:
+            meeting = msgspec.convert(data, Meeting)
+        except msgspec.ValidationError as error:
+            raise TransferError(f"the prefill worker's invitation is not understood: {error}") from error
+        self._copier.bind()
+        self._staging = Staging(self._copier, meeting.num_slots, meeting.blocks_per_slot)
+        self._waiter = Waiter("twolane-recv", self._copier.device, self._copier.wake)
+        self._pair = Pair(meeting.id, 1, self._copier.device)
+
+    def read(self, slot: int, items: Items) -> Ticket:
+        staging, pair, waiter = self._staging, self._pair, self._waiter
+        if staging is None or pair is None or waiter is None or not 0 <= slot < len(staging.buffers):
+            raise TransferError(f"slot {slot} lies outside the staging buffers")
+        num_blocks = len(items.blocks)
+        size_bytes, buffer, table = num_blocks * staging.block_bytes, staging.buffers[slot], staging.tables[slot]
+        if not items.is_whole or size_bytes > buffer.numel():
+            raise TransferError(f"a push of {items.count} items doesn't fit its slot")
+        ticket = Ticket(size_bytes, slot)
+        self._copier.bind()
+        block_ids = self._copier.upload(list(range(num_blocks)), items.blocks)
+        uploaded = self._copier.event_now()
+        job = self._copier.add_job(ticket, self, block_ids)
+
+        def post(communicator: Communicator, stream: torch.cuda.Stream) -> None:
+            communicator.receive(buffer.data_ptr(), size_bytes, stream)
+            with torch.cuda.stream(stream):
+                stream.wait_event(uploaded)
+                always, planes = self._copier.always, self._copier.planes
+                copy_blocks(table, planes, block_ids, first_plane=0, num_planes=len(planes.planes), permit=always)
+                waiter.add(None, self._copier.event_now(blocking=True), job)
+
+        pair.call(post)
+        return ticket
+
+    def revoke(self) -> float:
+        """Ends the receives that wait for P. Only D's own kernels write to D's memory."""
+        if self._pair is not None:
+            self._pair.join(timeout_s=1.0)
+            self._copier.fail_jobs(self, f"nccl: {self._pair.error}")
+        return 0.0
+
+    def close(self) -> None:
+        self.revoke()
+        if self._waiter is not None:
+            self._waiter.close(timeout_s=1.0)
