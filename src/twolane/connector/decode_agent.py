@@ -20,7 +20,7 @@ from twolane.errors import TransferError
 from twolane.protocol import ToPrefill, decode_to_decode, encode
 
 # vLLM's engine sleeps 1 ms after a step that computed nothing, and takes up what a step reported in the second step
-# after it. Waiting inside such a step finds the last byte sooner than asking again after a sleep. New requests wait too,
+# after it. Waiting inside such a step finds the last byte sooner than asking after a sleep. New requests wait too,
 # which is why it is short.
 PATIENCE_S = 0.002
 

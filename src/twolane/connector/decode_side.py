@@ -102,6 +102,7 @@ class DecodeSide:
         self._me = me
         self._format = kv_format
         self._items_per_block = items_per_block
+        self._layer_bytes = [pieces * size_bytes for pieces, size_bytes in kv_format.regions]
         self._rank = rank
         self._transports = transports
         self._links = links
@@ -403,11 +404,10 @@ class DecodeSide:
             self._counters.kv_computed_to_landed_seconds.append(now_s - read.computed_at_s)
 
     def _size_bytes(self, read: Read) -> int:
-        layers = self._format.regions
-        return sum(
-            layers[item % len(layers)][0] * layers[item % len(layers)][1]
-            for item in range(read.items.first, read.items.end)
-        )
+        whole, rest = divmod(read.items.count, self._items_per_block)
+        first = read.items.first % self._items_per_block
+        some = (self._layer_bytes[(first + item) % self._items_per_block] for item in range(rest))
+        return whole * sum(self._layer_bytes) + sum(some)
 
     def tick(self, now_s: float) -> None:
         """Deadlines, and words to those who are silent."""

@@ -24,6 +24,9 @@ from twolane.connector.transport.cuda.kernel import PlaneTable, copy_blocks, den
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
 from twolane.errors import TransferError
 
+Post = Callable[[Communicator, torch.cuda.Stream], None]
+Then = Callable[[torch.cuda.Stream], None]
+
 _POLL_S = 5e-5  # how often a call in progress is looked at
 _MIB = 1 << 20
 
@@ -60,22 +63,22 @@ class Staging:
 
 
 class Pair:
-    """The thread of one communicator. `call(post)` makes it run `post(communicator, stream)` and wait until NCCL has
-    taken it; in order. Ends on `end`, on the first error, or when the other rank is lost; then aborts, and `error` says
-    why."""
+    """The thread of one communicator. `call(post, then)` makes it run `post(communicator, stream)`, wait until NCCL has
+    put that on the stream (a call to a non-blocking communicator returns before), and run `then(stream)`; in order. Ends
+    on `end`, on the first error, or when the other rank is lost; then aborts, and `error` says why."""
 
     def __init__(self, name: bytes, rank: int, device: torch.device) -> None:
         self.error = ""
         self.is_joined = False
         self._device = device
         self._name, self._rank = name, rank
-        self._posts: SimpleQueue[Callable[[Communicator, torch.cuda.Stream], None]] = SimpleQueue()
+        self._posts: SimpleQueue[tuple[Post, Then]] = SimpleQueue()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="twolane-nccl", daemon=True)
         self._thread.start()
 
-    def call(self, post: Callable[[Communicator, torch.cuda.Stream], None]) -> None:
-        self._posts.put(post)
+    def call(self, post: Post, then: Then) -> None:
+        self._posts.put((post, then))
 
     def end(self) -> None:
         self._ending.set()
@@ -94,12 +97,13 @@ class Pair:
             stream = torch.cuda.Stream(self._device, priority=-1)
             while not self._ending.is_set():
                 try:
-                    post = self._posts.get(timeout=0.05)
+                    post, then = self._posts.get(timeout=0.05)
                 except Empty:
                     communicator.is_settled()  # tells of a lost rank
                     continue
                 post(communicator, stream)
                 self._settle(communicator)
+                then(stream)
         except (NcclError, RuntimeError) as error:
             self.error = str(error)
             logger.error("nccl: %s", error)
@@ -185,7 +189,7 @@ class NcclSendChannel:
             stream.wait_event(gathered)
             communicator.send(buffer.data_ptr(), size_bytes, stream)
 
-        self._pair.call(post)
+        self._pair.call(post, lambda _stream: None)
         return ticket
 
     def release(self, slot: int) -> None:
@@ -249,15 +253,17 @@ class NcclReceiveHalf:
         uploaded = self._copier.event_now()
         job = self._copier.add_job(ticket, self, block_ids)
 
-        def post(communicator: Communicator, stream: torch.cuda.Stream) -> None:
+        def receive(communicator: Communicator, stream: torch.cuda.Stream) -> None:
             communicator.receive(buffer.data_ptr(), size_bytes, stream)
+
+        def scatter(stream: torch.cuda.Stream) -> None:
             with torch.cuda.stream(stream):
                 stream.wait_event(uploaded)
                 always, planes = self._copier.always, self._copier.planes
                 copy_blocks(table, planes, block_ids, first_plane=0, num_planes=len(planes.planes), permit=always)
                 waiter.add(None, self._copier.event_now(blocking=True), job)
 
-        pair.call(post)
+        pair.call(receive, scatter)
         return ticket
 
     def revoke(self) -> float:
