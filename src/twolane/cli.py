@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -20,9 +21,9 @@ from twolane.launch import commands
 from twolane.launch import status as status_of
 from twolane.launch.configuration import Configuration, load
 from twolane.launch.control import Files
+from twolane.launch.logwriter import rotate
 from twolane.launch.menu import language, run_menu
 from twolane.launch.plan import load_plan
-from twolane.launch.process import rotate
 from twolane.launch.role import run_role
 from twolane.launch.supervisor import Supervisor
 
@@ -182,7 +183,7 @@ def proxy(
     from twolane.proxy.service import run, tune_collector  # noqa: PLC0415
 
     made = load({"host": host}).settings
-    log_requests_to_stderr(made.log_dir / "proxy.log" if sys.stderr.isatty() else None)
+    log_requests_to_stderr(made.log_dir / "proxy.log" if sys.stderr.isatty() else None, made.log_max_mb * 1_000_000)
     secrets = proxy_flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
     settings = ProxySettings(
         host=made.host,
@@ -228,18 +229,18 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
 
 
-def log_requests_to_stderr(also: Path | None) -> None:
+def log_requests_to_stderr(also: Path | None, max_bytes: int) -> None:
     """The same lines for a process that writes thousands a second: in batches, without what the format doesn't show.
 
-    `also`: a file that gets the same lines.
+    `also`: a file that gets the same lines, and moves aside when it holds `max_bytes`.
     """
     from twolane.proxy.logs import BatchingHandler, SecondsFormatter  # noqa: PLC0415
 
     handlers: list[logging.Handler] = [BatchingHandler(sys.stderr)]
     if also:
         also.parent.mkdir(parents=True, exist_ok=True)
-        rotate(also)
-        handlers.append(logging.FileHandler(also))
+        rotate(str(also))
+        handlers.append(RotatingFileHandler(also, maxBytes=max_bytes, backupCount=1))
     for handler in handlers:
         handler.setFormatter(SecondsFormatter(LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=handlers)

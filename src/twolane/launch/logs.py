@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -56,42 +57,67 @@ def follow(files: dict[str, Path], write: Callable[[str], object], go_on: Callab
     """Writes what comes, whole lines, until `go_on` says no. One that was cut or made anew is read from its start."""
     width = max(len(name) for name in files)
     followers = [Follower(name.ljust(width), path) for name, path in files.items()]
-    while True:
-        more = go_on()
+    try:
+        more = True
+        while more:
+            more = go_on()
+            for follower in followers:
+                for line in follower.read():
+                    write(line)
+            if more:
+                time.sleep(POLL_S)
+    finally:
         for follower in followers:
-            for line in follower.read():
-                write(line)
-        if not more:
-            return
-        time.sleep(POLL_S)
+            follower.close()
 
 
 class Follower:
-    """One growing file. Owns how far it was read."""
+    """One growing file. Owns its descriptor and the part of a line that was read last. Close it."""
 
     def __init__(self, label: str, path: Path, *, from_start: bool = False) -> None:
-        self._label = label
+        self._prefix = f"{label} | " if label else ""
         self._path = path
-        self._inode, size_bytes = self._stat()
-        self._offset = 0 if from_start else size_bytes
+        self._part = b""
+        self._file = self._open()
+        if self._file is not None and not from_start:
+            os.lseek(self._file, 0, os.SEEK_END)
 
     def read(self) -> list[str]:
-        """Whole new lines, with their ends."""
-        inode, size_bytes = self._stat()
-        if inode != self._inode or size_bytes < self._offset:
-            self._inode, self._offset = inode, 0
-        if size_bytes == self._offset:
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(end)
-        prefix = f"{self._label} | " if self._label else ""
-        return [f"{prefix}{line}\n" for line in whole.decode(errors="replace").splitlines()] if end else []
+        """Whole new lines, with their ends. Of a file that was moved away what is left first, then the new one."""
+        replaced = self._replaced()
+        fresh = self._drain()
+        if replaced:
+            self.close()
+            self._file = self._open()
+            fresh += self._drain()
+        whole, end, self._part = (self._part + fresh).rpartition(b"\n")
+        return [f"{self._prefix}{line}\n" for line in whole.decode(errors="replace").split("\n")] if end else []
 
-    def _stat(self) -> tuple[int, int]:
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int | None:
         try:
-            stat = self._path.stat()
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return 0, 0
-        return stat.st_ino, stat.st_size
+            return None
+
+    def _replaced(self) -> bool:
+        try:
+            there = self._path.stat()
+        except OSError:
+            return False
+        if self._file is None:
+            return True
+        mine = os.fstat(self._file)
+        if mine.st_size < os.lseek(self._file, 0, os.SEEK_CUR):  # somebody emptied it
+            os.lseek(self._file, 0, os.SEEK_SET)
+        return (there.st_ino, there.st_dev) != (mine.st_ino, mine.st_dev)
+
+    def _drain(self) -> bytes:
+        chunks = []
+        while self._file is not None and (chunk := os.read(self._file, 1 << 20)):
+            chunks.append(chunk)
+        return b"".join(chunks)

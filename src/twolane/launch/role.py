@@ -25,7 +25,7 @@ from twolane.launch.hardware import inspect_machine
 from twolane.launch.logs import Follower
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.ports import check_ports
-from twolane.launch.process import Child, last_lines, rotate_if_large
+from twolane.launch.process import Child, last_lines
 from twolane.launch.registrar import Registrar, needs_registrar
 from twolane.launch.service import describe_exit
 from twolane.launch.supervisor import INSTANCE_STOP_S, RUN_DIR_PREFIX
@@ -73,7 +73,7 @@ def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], obje
     child = None
     try:
         with _signals_interrupt():
-            child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)})
+            child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)}, plan.log_max_bytes)
             _show_until_exit(child, plan, spec, registrar, write)
     except KeyboardInterrupt:
         if child:
@@ -93,16 +93,19 @@ def _show_until_exit(
 ) -> None:
     log, watch = Follower("", Path(spec.log), from_start=True), RegistrationWatch(plan, spec)
     ended = False
-    while not ended:
-        ended = child.exit_code() is not None
-        rotate_if_large(Path(spec.log), plan.log_max_bytes)
-        for line in log.read():
-            write(line)
-        if registrar:
-            registrar.tick()
-        if not ended:
-            write(watch.tick())
-            time.sleep(POLL_S)
+    try:
+        while not ended:
+            ended = child.exit_code() is not None
+            child.look()
+            for line in log.read():
+                write(line)
+            if registrar:
+                registrar.tick()
+            if not ended:
+                write(watch.tick())
+                time.sleep(POLL_S)
+    finally:
+        log.close()
 
 
 class RegistrationWatch:

@@ -80,8 +80,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, upkeep.take_wishes, self._state_path, self._services)
         try:
             async with asyncio.TaskGroup() as group:
-                work = (self._publish_changes(), self._serve(), upkeep.rotate_logs(self._plan, self._services))
-                tasks = [group.create_task(part) for part in (*work, upkeep.register(self._plan, self._services))]
+                work = (self._publish_changes(), self._serve(), upkeep.register(self._plan, self._services))
+                tasks = [group.create_task(part) for part in work]
                 await self._stop.wait()
                 for task in tasks:
                     task.cancel()
@@ -106,7 +106,7 @@ class Supervisor:
 
     async def _start(self, service: Service) -> None:
         """Returns when it is ready. StartError if it ends before that, or takes too long."""
-        service.start(self._run_dir / service.spec.name)
+        service.start(self._run_dir / service.spec.name, self._plan.log_max_bytes)
         log.info("service=%s pid=%d event=started", service.spec.name, service.state.pid)
         timeout_s = self._plan.start_timeout_s
         if service.spec.role == "proxy":
