@@ -362,6 +362,8 @@ def test_the_recipes_script_knows_its_words(place: Place, scripts: Callable[...,
     test = scripts("test")
     test.expect("pass  KV moved")
     ends_with(test, 0)
+    found = subprocess.run(["pgrep", "-f", "disagg_prefill_proxy_server"], capture_output=True, text=True, check=True)
+    assert str(place.service("proxy")["pid"]) in found.stdout.split()
 
 
 def test_pkill_finds_the_proxy_that_the_script_started(place: Place, scripts: Callable[..., Any]) -> None:

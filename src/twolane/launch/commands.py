@@ -8,7 +8,7 @@ from rich.console import Console
 
 from twolane.config import Settings
 from twolane.errors import ConfigError, StartError
-from twolane.launch import control, logs, probes
+from twolane.launch import control, logs, probes, terminals
 from twolane.launch.configuration import nearest
 from twolane.launch.doctor import examine
 from twolane.launch.facts import gather
@@ -17,7 +17,7 @@ from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.kv import check_kv
 from twolane.launch.model import resolve_model
 from twolane.launch.phases import GIVEN_UP, READY
-from twolane.launch.plan import Machine, Plan, load_plan, make_plan
+from twolane.launch.plan import ALONE_ONLY, Machine, Plan, load_plan, make_plan
 from twolane.launch.ports import check_ports
 from twolane.launch.progress import Progress, ServicesView
 from twolane.launch.state import State
@@ -27,6 +27,8 @@ USUAL_START_S = {"cpu": 45.0, "cuda": 90.0}
 
 def up(settings: Settings, console: Console) -> None:
     """Returns when a request has gone through both lanes, or at once if all is up. Stops what it started on Ctrl+C."""
+    if alone := [key for key in ALONE_ONLY if getattr(settings, key) != getattr(Settings, key)]:
+        raise ConfigError(f"{alone[0]} is for a proxy that stands alone: leave it out, or use `twolane proxy`")
     files = control.Files(settings)
     with control.exclusive(files):
         if state := control.running(files):
@@ -114,14 +116,15 @@ def chosen(services: list[tuple[str, str]], word: str) -> list[str]:
 
 
 def down(settings: Settings, console: Console) -> None:
-    """Returns when nothing runs any more. Also ends an `up` that is still at work."""
+    """Returns when nothing runs any more, in terminals neither. Also ends an `up` that is still at work."""
     files = control.Files(settings)
-    if control.running(files):
+    if control.running(files) or terminals.running(settings.state_dir):
         console.print("stopping (requests that are running may end first, for 30 s at most) ...")
         report = control.stop_all(files)
     else:
         with control.exclusive(files):
             report = control.stop_all(files)
+    report += terminals.stop_all(settings.state_dir)
     for line in report or ["nothing is running in this folder"]:
         console.print(line)
 

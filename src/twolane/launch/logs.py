@@ -10,7 +10,9 @@ from pathlib import Path
 
 from twolane.config import Settings
 from twolane.errors import ConfigError
+from twolane.launch import terminals
 from twolane.launch.process import last_lines
+from twolane.launch.state import read_state
 
 POLL_S = 0.2
 NAMES = ("proxy", "prefill", "decode")
@@ -23,8 +25,8 @@ def files_of(settings: Settings, role: str | None = None) -> dict[str, Path]:
     found = {
         path.stem: path
         for name in NAMES
-        for path in sorted(settings.log_dir.glob(f"{name}*.log"))
-        if path.stem.partition("-")[0] in NAMES
+        for path in [*sorted(settings.log_dir.glob(f"{name}*.log")), *_of_running(settings.state_dir)]
+        if path.stem.partition("-")[0] == name
     }
     mine = {name: path for name, path in found.items() if role in {None, "all", name, name.partition("-")[0]}}
     if role == "supervisor":
@@ -33,6 +35,13 @@ def files_of(settings: Settings, role: str | None = None) -> dict[str, Path]:
         what = f"no log of {role!r}" if found else "no log yet"
         raise ConfigError(f"there is {what} in {settings.log_dir}; roles are {', '.join(NAMES)} and supervisor")
     return mine
+
+
+def _of_running(state_dir: Path) -> list[Path]:
+    """Logs of what runs: it may have been started with another --log-dir."""
+    state = read_state(state_dir / "state.json")
+    services = [*(state.services if state else ()), *(terminal.service for terminal in terminals.running(state_dir))]
+    return [Path(service.log) for service in services if Path(service.log).exists()]
 
 
 def tail(files: dict[str, Path], count: int) -> list[str]:
