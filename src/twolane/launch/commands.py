@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from rich.console import Console
 
@@ -60,13 +61,14 @@ def _warn(settings: Settings, plan: Plan, console: Console) -> None:
     """What the doctor finds: said before the wait for a start that may fail, but left to the user."""
     folders = [settings.log_dir.absolute(), settings.cache_dir.absolute()]
     for finding in examine(gather(plan, folders, running=False)):
-        if finding.level != "ok":
+        if finding.level != "ok" and finding.name != "clock":  # no start fails of that
             console.print(f"{finding.level}: {finding.text} ({finding.remedy})", markup=False)
 
 
 def _await_all(files: control.Files, plan: Plan, engine: str, console: Console) -> FirstLight:
     with ServicesView(console, USUAL_START_S[engine]) as view:
-        control.await_start(files, view.update)
+        state = control.await_start(files, view.update)
+    console.print(f"ready after {time.time() - state.started:.1f} s: {plan.proxy_url}", markup=False)
     return first_light(plan)
 
 
