@@ -33,7 +33,9 @@ def up(settings: Settings, console: Console) -> None:
     files = control.Files(settings)
     with control.exclusive(files):
         if state := control.running(files):
-            return _complete(files, state, load_plan(files.plan), console)
+            plan = load_plan(files.plan)
+            _tell_other_settings(settings, plan, console)
+            return _complete(files, state, plan, console)
         if leftovers := control.stop_all(files):
             console.print("left over from before: " + ", ".join(leftovers))
         machine = inspect_machine()
@@ -55,6 +57,17 @@ def prepare(settings: Settings, machine: Machine, console: Console) -> Plan:
     """What would be started. Converts the default model if that hasn't happened yet."""
     check_kv(settings.kv, machine.engine, vllm_folder())
     return make_plan(settings, machine, resolve_model(settings, machine.engine, Progress(console)))
+
+
+def _tell_other_settings(settings: Settings, plan: Plan, console: Console) -> None:
+    """What runs goes on as it is. A user who asks for something else must not believe to have got it."""
+    try:
+        same = prepare(settings, inspect_machine(), console) == plan
+    except ConfigError as error:
+        return console.print(f"warning: {error}", markup=False)
+    if not same:
+        console.print("what runs was started with other settings: `twolane down`, then `twolane up` applies these")
+    return None
 
 
 def _warn(settings: Settings, plan: Plan, console: Console) -> None:

@@ -67,7 +67,11 @@ def start_supervisor(plan: Plan, files: Files) -> None:
     """Starts `twolane supervise` in the background. It reads the plan file and writes the state file."""
     files.state.unlink(missing_ok=True)
     save_plan(plan, files.plan)
-    log = LogPipe(files.supervisor_log, plan.log_max_bytes)
+    try:
+        log = LogPipe(files.supervisor_log, plan.log_max_bytes)
+    except OSError as error:
+        folder = files.supervisor_log.parent
+        raise StartError(f"no log can be written in {folder}: {error}; another folder: TWOLANE_LOG_DIR") from error
     try:
         pid = _spawn_detached(files, log.write_end)
     finally:
