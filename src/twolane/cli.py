@@ -83,7 +83,7 @@ def up(
 
 @app.command(epilog=EPILOG)
 def down() -> None:
-    """Stop everything that `twolane up` started in this folder, and wait until it is gone.
+    """Stop what `twolane up` and the roles in terminals run in this folder, and wait until it is gone.
 
     Example: twolane down
     """

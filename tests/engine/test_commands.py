@@ -20,7 +20,7 @@ from tests.launch.fakes import spaced_ports
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 README = Path(__file__).parent.parent.parent / "README.md"
 PORTS = ("HTTP_PROXY_PORT", "PROXY_PORT", "PREFILL_HTTP_PORT", "DECODE_HTTP_PORT", "PREFILL_KV_PORT", "DECODE_KV_PORT")
@@ -38,7 +38,7 @@ class Place:
 
     def program(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            argv, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=200, check=False
+            argv, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=400, check=False
         )
 
     def twolane(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -68,7 +68,7 @@ def test_a_service_from_up_to_down(place: Place) -> None:
 
     os.kill(started["proxy"]["pid"], signal.SIGKILL)
     os.kill(started["decode"]["pid"], signal.SIGKILL)
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + 240
     while place.services().get("decode", {}).get("restarts") != 1:
         assert time.monotonic() < deadline_s
     again = place.twolane("up")
