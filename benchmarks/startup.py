@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from twolane.config import Settings
@@ -33,6 +35,7 @@ from twolane.launch.plan import Plan, make_plan
 from twolane.launch.probes import is_healthy
 from twolane.launch.process import Child
 from twolane.launch.progress import Progress
+from twolane.launch.state import read_state
 
 POLL_S = 0.05
 LIMIT_S = 600.0
@@ -72,10 +75,22 @@ def with_up(folder: Path) -> dict[str, float]:
             times["services_started"] = time.monotonic() - began_s
         if line.rstrip().endswith(": ready"):
             times["all_ready"] = time.monotonic() - began_s
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert up.wait() == 0
     times["up_returned"] = time.monotonic() - began_s
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    times["cpu_up"] = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    times |= cpu_seconds(folder)
     subprocess.run([*words, "down"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
     return times
+
+
+def cpu_seconds(folder: Path) -> dict[str, float]:
+    """What supervisor and proxy have used until now: on a machine whose cores are all busy it lengthens the start."""
+    state = read_state(folder / ".twolane/state.json")
+    assert state is not None
+    pids = {"cpu_supervisor": state.supervisor.pid, "cpu_proxy": state.services[0].pid}
+    return {name: sum(psutil.Process(pid).cpu_times()[:2]) for name, pid in pids.items()}
 
 
 def main() -> None:
