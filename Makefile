@@ -42,5 +42,5 @@ lock:  ## Resolve requirements/*.in into the lock files again
 
 clean:  ## Stop all services, remove .venv, logs and caches in this folder
 	@$(BOOTSTRAP) down
-	rm -rf .venv .twolane logs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .twolane logs build requirements/vllm-name/build requirements/vllm-name/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,11 +8,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     try:
-        from twolane.cli import main
+        from twolane.disagg_prefill_proxy_server import run
     except ImportError:
         own = Path(__file__).resolve().parent / ".venv" / "bin" / "python"
         if not own.exists() or Path(sys.executable) == own:
             sys.exit("twolane: TwoLane is not installed for this Python: run `make up`, or use .venv/bin/python")
         os.execv(own, [str(own), *sys.argv])  # noqa: S606 - the same script with the Python that has TwoLane
-    sys.argv.insert(1, "proxy")
-    main()
+    run()

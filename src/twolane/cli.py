@@ -7,27 +7,32 @@ import json
 import logging
 import os
 import sys
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from twolane import cli_tools
-from twolane.config import ProxySettings, Settings
+from twolane.config import Settings
 from twolane.errors import ConfigError, TwoLaneError
 from twolane.flags import EPILOG, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_WRONG, console, with_settings
-from twolane.launch import commands
+from twolane.launch import commands, terminals
 from twolane.launch import status as status_of
-from twolane.launch.configuration import Configuration, load
+from twolane.launch.configuration import PROXY_KEYS, Configuration
 from twolane.launch.control import Files
+from twolane.launch.logwriter import rotate
 from twolane.launch.menu import language, run_menu
 from twolane.launch.plan import load_plan
-from twolane.launch.process import rotate
 from twolane.launch.role import run_role
+from twolane.launch.state import ServiceState
 from twolane.launch.supervisor import Supervisor
 
 LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
 Index = Annotated[int, typer.Option(min=1, help="Which instance of the role, where there are several.")]
+Instances = Annotated[
+    list[str] | None, typer.Option(metavar="URL[=HOST:PORT]", help="An instance, its control address (repeatable).")
+]
 VllmOptions = Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="More options for vLLM.")]
 
 app = typer.Typer(
@@ -78,7 +83,7 @@ def up(
 
 @app.command(epilog=EPILOG)
 def down() -> None:
-    """Stop everything that `twolane up` started in this folder, and wait until it is gone.
+    """Stop what `twolane up` and the roles in terminals run in this folder, and wait until it is gone.
 
     Example: twolane down
     """
@@ -130,79 +135,25 @@ def decode(made: Configuration, index: Index = 1, vllm_options: VllmOptions = No
 
 
 @app.command(epilog=EPILOG)
-def proxy(
-    *,
-    host: Annotated[str | None, typer.Option(help="Address to listen on (TWOLANE_HOST).")] = None,
-    http_port: Annotated[int | None, typer.Option(help="Port of the OpenAI server (HTTP_PROXY_PORT).")] = None,
-    discovery_host: Annotated[
-        str, typer.Option(help="Address at which instances register.")
-    ] = ProxySettings.discovery_host,
-    discovery_port: Annotated[int | None, typer.Option(help="Port at which instances register (PROXY_PORT).")] = None,
-    registration_secret_file: Annotated[
-        Path | None, typer.Option(help="The secret that registrations are signed with; needed off loopback.")
-    ] = None,
-    allow_network: Annotated[
-        list[str] | None, typer.Option(help="CIDR of registered instances (repeatable). Default: loopback.")
-    ] = None,
-    prefill: Annotated[
-        list[str] | None, typer.Option(help="URL[=control host:port] of a prefill instance (repeatable).")
-    ] = None,
-    decode: Annotated[
-        list[str] | None, typer.Option(help="URL[=control host:port] of a decode instance (repeatable).")
-    ] = None,
-    kv: Annotated[str, typer.Option(help="Kind of those: twolane, nixl or p2pnccl.")] = "twolane",
-    policy: Annotated[str, typer.Option(help="least_loaded, round_robin or prefix_affinity.")] = ProxySettings.policy,
-    min_prefill_tokens: Annotated[
-        int, typer.Option(min=0, help="Shorter prompts go to a decode instance alone; 0: never.")
-    ] = 0,
-    max_prefill_queue: Annotated[
-        int, typer.Option(min=0, help="So do all, while every prefill instance has so many requests; 0: never.")
-    ] = 0,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests served at once.")] = ProxySettings.max_in_flight,
-    max_queued: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait for their turn; more get 429.")
-    ] = ProxySettings.max_queued,
-    queue_timeout: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a request waits for its turn.")
-    ] = ProxySettings.queue_timeout_s,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="TWOLANE_API_KEY", help="Clients need one of these (repeatable).")
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="More of them, one a line.")] = None,
-    upstream_api_key: Annotated[
-        str, typer.Option(envvar="TWOLANE_UPSTREAM_API_KEY", help="What the instances were given as --api-key.")
-    ] = "",
-) -> None:
-    """Run the proxy in the foreground.
+@with_settings(PROXY_KEYS)
+def proxy(made: Configuration, prefill: Instances = None, decode: Instances = None) -> None:
+    """Run the proxy in the foreground. Instances register, or are named with --prefill and --decode.
 
     Example: twolane proxy --http-port 8080
     Example: twolane proxy --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200 --kv nixl
     """
-    from twolane.proxy import flags as proxy_flags  # noqa: PLC0415 - the other commands start faster without it
+    from twolane.proxy.flags import proxy_settings  # noqa: PLC0415 - the other commands start faster without it
     from twolane.proxy.service import run, tune_collector  # noqa: PLC0415
 
-    made = load({"host": host}).settings
-    log_requests_to_stderr(made.log_dir / "proxy.log" if sys.stderr.isatty() else None)
-    secrets = proxy_flags.read_keys(registration_secret_file) if registration_secret_file else ("",)
-    settings = ProxySettings(
-        host=made.host,
-        http_port=http_port or made.http_proxy_port,
-        discovery_host=discovery_host,
-        discovery_port=discovery_port or made.proxy_port,
-        registration_secret=secrets[0],
-        allowed_networks=tuple(allow_network or ProxySettings.allowed_networks),
-        instances=proxy_flags.parse_instances(prefill or [], decode or [], kv),
-        api_keys=proxy_flags.all_keys(api_key or [], api_key_file),
-        upstream_api_key=upstream_api_key,
-        policy=proxy_flags.parse_policy(policy),
-        min_prefill_tokens=min_prefill_tokens,
-        max_prefill_queue=max_prefill_queue,
-        max_in_flight=max_in_flight,
-        max_queued=max_queued,
-        queue_timeout_s=queue_timeout,
-    )
+    settings = made.settings
+    in_terminal = sys.stderr.isatty()
+    log_requests_to_stderr(settings.log_dir / "proxy.log" if in_terminal else None, settings.log_max_mb * 1_000_000)
+    parsed = proxy_settings(settings, prefill or [], decode or [])
     tune_collector()
-    raise typer.Exit(run(settings))
+    me = ServiceState("proxy", "proxy", settings.http_proxy_port, str(settings.log_dir / "proxy.log"))
+    with terminals.recorded(settings.state_dir, me):
+        code = run(parsed)
+    raise typer.Exit(code)
 
 
 @app.command(hidden=True)
@@ -228,18 +179,18 @@ def log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
 
 
-def log_requests_to_stderr(also: Path | None) -> None:
+def log_requests_to_stderr(also: Path | None, max_bytes: int) -> None:
     """The same lines for a process that writes thousands a second: in batches, without what the format doesn't show.
 
-    `also`: a file that gets the same lines.
+    `also`: a file that gets the same lines, and moves aside when it holds `max_bytes`.
     """
     from twolane.proxy.logs import BatchingHandler, SecondsFormatter  # noqa: PLC0415
 
     handlers: list[logging.Handler] = [BatchingHandler(sys.stderr)]
     if also:
         also.parent.mkdir(parents=True, exist_ok=True)
-        rotate(also)
-        handlers.append(logging.FileHandler(also))
+        rotate(str(also))
+        handlers.append(RotatingFileHandler(also, maxBytes=max_bytes, backupCount=1))
     for handler in handlers:
         handler.setFormatter(SecondsFormatter(LOG_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=handlers)

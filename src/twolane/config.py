@@ -33,7 +33,7 @@ class StaticInstance:
 
 @dataclass(frozen=True)
 class ProxySettings:
-    """What `twolane proxy` runs with. Every wait of the proxy has its deadline here."""
+    """What the proxy runs with. Every wait of the proxy has its deadline here."""
 
     host: str = "127.0.0.1"
     http_port: int = HTTP_PORT
@@ -105,6 +105,19 @@ class Settings:
     restart_tries: int = 5  # an instance that ends more often than this ...
     restart_minutes: float = 10.0  # ... within this time is given up
     log_max_mb: int = 100  # a log that grows larger moves to NAME.log.1
+    # The proxy's own; ProxySettings says more of each.
+    policy: Policy = ProxySettings.policy
+    min_prefill_tokens: int = ProxySettings.min_prefill_tokens
+    max_prefill_queue: int = ProxySettings.max_prefill_queue
+    max_in_flight: int = ProxySettings.max_in_flight
+    max_queued: int = ProxySettings.max_queued
+    queue_timeout: float = ProxySettings.queue_timeout_s
+    discovery_host: str = ProxySettings.discovery_host
+    registration_secret_file: Path | None = None
+    allow_network: tuple[str, ...] = ProxySettings.allowed_networks
+    api_key: tuple[str, ...] = ()
+    api_key_file: Path | None = None
+    upstream_api_key: str = ""
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

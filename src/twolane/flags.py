@@ -10,10 +10,11 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from twolane.launch.configuration import KEYS, Configuration, flag, load, variable
+from twolane.launch.configuration import ALIASES, KEYS, Configuration, flag, load, variable
 from twolane.launch.keys import HELP
 
 EXIT_OK, EXIT_FAILED, EXIT_WRONG, EXIT_INTERRUPTED = 0, 1, 2, 130
+REPEATABLE = frozenset(("api_key", "allow_network"))
 EPILOG = (
     "Exit codes: 0 ok (also: a role in the foreground ended by Ctrl+C), 1 failed, 2 wrong setting, 130 interrupted."
 )
@@ -43,13 +44,15 @@ def with_settings(keys: Collection[str] = KEYS) -> Callable[[Callable[..., None]
 
 
 def _parameter(key: str) -> inspect.Parameter:
-    option = typer.Option(flag(key), help=f"{HELP[key]} ({variable(key)})", metavar="VALUE", show_default=False)
-    annotation = Annotated[Optional[str], option]  # noqa: UP045 - typer reads it at run time
+    names = [flag(key), *([ALIASES[key]] if key in ALIASES else [])]
+    option = typer.Option(*names, help=f"{HELP[key]} ({variable(key)})", metavar="VALUE", show_default=False)
+    value: Any = list[str] if key in REPEATABLE else str
+    annotation = Annotated[Optional[value], option]  # noqa: UP045 - typer reads it at run time
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _load(given: dict[str, object]) -> Configuration:
-    made = load(given)
+    made = load({key: value or None for key, value in given.items()})  # a repeatable flag that isn't there is []
     for warning in made.warnings:
         typer.echo(f"twolane: {warning}", err=True)
     return made

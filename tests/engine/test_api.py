@@ -163,7 +163,7 @@ def test_a_second_proxy_with_static_lists_serves_the_same_instances(
         lists += [flag, f"http://{instance.spec.address}=127.0.0.1:{instance.spec.kv_port}"]
     ports = ["--http-port", str(http_port), "--discovery-port", str(discovery_port)]
     log = str(Path(spec.log).with_name(f"proxy-{kind}.log"))
-    argv = (*spec.argv[: spec.argv.index("proxy") + 1], *ports, *lists)
+    argv = (*spec.argv[: spec.argv.index("--host")], *ports, *lists)
     proxy = Child(msgspec.structs.replace(spec, argv=argv, http_port=http_port, log=log), {})
     try:
         url = f"http://127.0.0.1:{http_port}"

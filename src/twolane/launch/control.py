@@ -15,9 +15,10 @@ from pathlib import Path
 
 from twolane.config import Settings
 from twolane.errors import StartError
+from twolane.launch.logpipe import LogPipe
 from twolane.launch.phases import GIVEN_UP, READY
 from twolane.launch.plan import Plan, save_plan
-from twolane.launch.process import GONE, identify, last_lines, rotate, stop_group, wait_all
+from twolane.launch.process import GONE, identify, last_lines, stop_group, wait_all
 from twolane.launch.state import ServiceState, State, read_state
 from twolane.launch.supervisor import INSTANCE_STOP_S, PROXY_STOP_S, RUN_DIR_PREFIX
 from twolane.launch.upkeep import wishes_file
@@ -66,9 +67,15 @@ def start_supervisor(plan: Plan, files: Files) -> None:
     """Starts `twolane supervise` in the background. It reads the plan file and writes the state file."""
     files.state.unlink(missing_ok=True)
     save_plan(plan, files.plan)
-    files.supervisor_log.parent.mkdir(parents=True, exist_ok=True)
-    rotate(files.supervisor_log)
-    pid = _spawn_detached(files)
+    try:
+        log = LogPipe(files.supervisor_log, plan.log_max_bytes)
+    except OSError as error:
+        folder = files.supervisor_log.parent
+        raise StartError(f"no log can be written in {folder}: {error}; another folder: TWOLANE_LOG_DIR") from error
+    try:
+        pid = _spawn_detached(files, log.write_end)
+    finally:
+        log.close()
     deadline_s = time.monotonic() + SUPERVISOR_START_S
     while running(files) is None:
         if identify(pid) is None or time.monotonic() > deadline_s:
@@ -103,13 +110,12 @@ def await_ready(files: Files, names: set[str], old_pids: dict[str, int], show: S
         time.sleep(POLL_S)
 
 
-def _spawn_detached(files: Files) -> int:
+def _spawn_detached(files: Files, log_write_end: int) -> int:
     """In a session of its own, with nothing of this process's terminal. It outlives this process."""
     argv = [sys.executable, "-m", "twolane.cli", "supervise", "--state-dir", str(files.folder)]
-    log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     streams = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, str(files.supervisor_log), log_flags, 0o644),
+        (os.POSIX_SPAWN_DUP2, log_write_end, 1),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     return os.posix_spawn(sys.executable, argv, os.environ, file_actions=streams, setsid=True)

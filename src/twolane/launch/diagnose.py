@@ -86,6 +86,12 @@ def _connector(text: str) -> str:
     return ""
 
 
+def _nixl(text: str) -> str:
+    if "NIXL is not available" not in text:
+        return ""
+    return "vLLM's NixlConnector needs the package nixl: install it beside vLLM, or use --kv twolane"
+
+
 def _host_memory(text: str) -> str:
     if "Cannot allocate memory" in text or "DefaultCPUAllocator: can't allocate memory" in text:
         return "the machine has too little memory: run fewer instances, or a smaller model"
@@ -100,6 +106,7 @@ RULES: tuple[Rule, ...] = (
     _wrong_argument,
     _port,
     _unknown_model,
+    _nixl,
     _host_memory,
 )
 

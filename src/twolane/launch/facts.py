@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import resource
@@ -19,6 +20,8 @@ from twolane.launch.hardware import vllm_folder
 from twolane.launch.plan import Plan
 from twolane.launch.ports import taken_ports
 
+TIMEX_BYTES = 256  # struct timex takes 208 on 64-bit Linux
+TIME_ERROR = 5  # what adjtimex returns where nothing keeps the clock right
 SHM = Path("/dev/shm")  # noqa: S108 - looked at, not written to
 
 
@@ -51,8 +54,8 @@ class Facts:
     memory_free_bytes: int = 1 << 40
     shm_free_bytes: int = 1 << 40
     max_open_files: int = 1 << 20
-    year: int = 2026
-    newest_file_ahead_s: float = 0.0  # how far a file of ours lies in the future
+    clock_behind_s: float = 0.0  # how far the wall clock lies before a time that has passed for certain
+    clock_synchronised: bool | None = True  # by NTP or the like, as the kernel has it; None if it doesn't say
 
 
 def gather(plan: Plan, folders: list[Path], running: bool) -> Facts:
@@ -73,9 +76,26 @@ def gather(plan: Plan, folders: list[Path], running: bool) -> Facts:
         memory_free_bytes=psutil.virtual_memory().available,
         shm_free_bytes=_free_bytes(SHM),
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        year=time.localtime().tm_year,
-        newest_file_ahead_s=max((_mtime(Path(spec.log)) for spec in plan.services), default=0.0) - time.time(),
+        clock_behind_s=max(0.0, _passed_for_certain(plan) - time.time()),
+        clock_synchronised=clock_synchronised(),
     )
+
+
+def _passed_for_certain(plan: Plan) -> float:
+    """Unix time. No clock may be before the time at which this program, vLLM and our logs were written."""
+    engine = vllm_folder()
+    files = [Path(__file__), *([engine / "__init__.py"] if engine else []), *(Path(spec.log) for spec in plan.services)]
+    return max(_mtime(path) for path in files)
+
+
+def clock_synchronised() -> bool | None:
+    """adjtimex(2): whether the kernel holds the clock for disciplined. Containers see their host's."""
+    timex = ctypes.create_string_buffer(TIMEX_BYTES)  # all zero: only asks
+    try:
+        state = ctypes.CDLL(None, use_errno=True).adjtimex(timex)
+    except (OSError, AttributeError):
+        return None
+    return None if state < 0 else state != TIME_ERROR
 
 
 def _free_bytes(path: Path) -> int:

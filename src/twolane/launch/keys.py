@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from twolane.errors import ConfigError
-from twolane.launch.configuration import DEFAULT, KEYS, Configuration, variable
+from twolane.launch.configuration import DEFAULT, KEYS, SECRET, Configuration, variable
 from twolane.launch.values import shown
 
 HELP = {
@@ -33,9 +33,27 @@ HELP = {
     "restart_tries": "an instance that ends more often than this is given up ...",
     "restart_minutes": "... within so many minutes",
     "log_max_mb": "a log that grows larger moves to NAME.log.1",
+    "policy": "how the proxy chooses: least_loaded, round_robin or prefix_affinity",
+    "min_prefill_tokens": "prompts shorter than this go to a decode instance alone; 0: never",
+    "max_prefill_queue": "so do all, while every prefill instance has so many requests; 0: never",
+    "max_in_flight": "requests served at once",
+    "max_queued": "requests that may wait for their turn; more get 429",
+    "queue_timeout": "seconds that a request waits for its turn",
+    "discovery_host": "address at which instances register",
+    "registration_secret_file": "file with the secret that registrations are signed with; needed off loopback",
+    "allow_network": "networks (CIDR) in which registered instances may be",
+    "api_key": "clients need one of these keys",
+    "api_key_file": "file with more of them, one a line",
+    "upstream_api_key": "what the instances were given as --api-key",
     "log_dir": "folder of the logs",
     "cache_dir": "folder of the converted default model",
 }
+
+
+def visible(made: Configuration, key: str) -> str:
+    """The value as it would be written, but no secret."""
+    value = shown(getattr(made.settings, key))
+    return "(hidden)" if key in SECRET and value else value
 
 
 def table(made: Configuration) -> list[str]:
@@ -43,14 +61,14 @@ def table(made: Configuration) -> list[str]:
     rows = []
     for key in KEYS:
         origin = made.origins[key]
-        value = shown(getattr(made.settings, key)) or "-"
+        value = visible(made, key) or "-"
         rows.append((key, value, f"{origin} ({variable(key)})" if origin == DEFAULT else origin))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for key, value, origin in rows]
 
 
 def as_dict(made: Configuration) -> dict[str, dict[str, str]]:
-    return {key: {"value": shown(getattr(made.settings, key)), "from": made.origins[key]} for key in KEYS}
+    return {key: {"value": visible(made, key), "from": made.origins[key]} for key in KEYS}
 
 
 def toml_text(made: Configuration) -> str:
@@ -59,14 +77,13 @@ def toml_text(made: Configuration) -> str:
         "# TwoLane's settings. Flags and environment variables win over what stands here; `twolane config` shows all."
     ]
     for key in KEYS:
-        line = f"{key} = {_toml(key, getattr(made.settings, key))}"
+        line = f"{key} = {_toml(key, '' if key in SECRET else getattr(made.settings, key))}"
         lines += ["", f"# {HELP[key]} ({variable(key)})", ("# " if made.origins[key] == DEFAULT else "") + line]
     return "\n".join(lines) + "\n"
 
 
 def _toml(key: str, value: object) -> str:
-    if key.endswith("_args"):
-        assert isinstance(value, tuple)
+    if isinstance(value, tuple) and (not value or isinstance(value[0], str)) and not key.endswith("_gpu"):
         return json.dumps(list(value))
     text = shown(value)
     return text if isinstance(value, int | float) else json.dumps(text, ensure_ascii=False)

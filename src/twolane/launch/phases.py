@@ -6,6 +6,7 @@ IMPORTING = "importing"
 FIRST_ANSWER = "serving a first token"
 REGISTERING = "registering"
 READY = "ready"
+STARTING_SERVER = "starting the server"
 RESTARTING = "restarting"
 GIVEN_UP = "given up"
 # A line that holds the text means that the phase has begun. In the order in which they come.
@@ -18,7 +19,7 @@ MARKS: tuple[tuple[str, str], ...] = (
     ("Start compiling function", "compiling"),
     ("Dynamo bytecode transform", "compiling"),
     ("Capturing CUDA graphs", "capturing CUDA graphs"),
-    ("init engine (profile", "starting the server"),
+    ("init engine (profile", STARTING_SERVER),
     ("Application startup complete", REGISTERING),
 )
 

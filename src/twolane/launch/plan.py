@@ -15,6 +15,7 @@ import msgspec
 
 from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
+from twolane.launch.configuration import flag
 from twolane.launch.gpus import assign_gpus
 from twolane.launch.kv import kv_config, kv_env
 from twolane.launch.options import check_lanes, tensor_parallel_size
@@ -26,6 +27,11 @@ PORT_STEP = 10
 RANKS_PER_INSTANCE = 8
 CPU_MAX_MODEL_LEN = 8192
 CPU_KV_SPACE_GIB = 1
+# Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
+PROXY_OPTIONS = (
+    *("policy", "min_prefill_tokens", "max_prefill_queue", "max_in_flight", "max_queued", "queue_timeout"),
+)
+ALONE_ONLY = ("discovery_host", "registration_secret_file", "api_key", "api_key_file", "upstream_api_key")
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -126,8 +132,9 @@ def proxy_address(settings: Settings) -> str:
 
 
 def _proxy(settings: Settings, machine: Machine) -> ServiceSpec:
-    argv = [machine.python, "-m", "twolane.cli", "proxy", "--host", settings.host]
+    argv = [machine.python, "-m", "twolane.disagg_prefill_proxy_server", "--host", settings.host]
     argv += ["--http-port", str(settings.http_proxy_port), "--discovery-port", str(settings.proxy_port)]
+    argv += [f"{flag(key)}={getattr(settings, key)}" for key in PROXY_OPTIONS if _is_changed(settings, key)]
     return ServiceSpec(
         name="proxy",
         role="proxy",
@@ -137,6 +144,10 @@ def _proxy(settings: Settings, machine: Machine) -> ServiceSpec:
         http_port=settings.http_proxy_port,
         log=str(settings.log_dir / "proxy.log"),
     )
+
+
+def _is_changed(settings: Settings, key: str) -> bool:
+    return bool(getattr(settings, key) != getattr(Settings, key))
 
 
 def _instance(
@@ -207,6 +218,8 @@ def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpus: 
 
 
 def _check_collisions(plan: Plan) -> None:
+    if not plan.discovery_port or not plan.services[0].http_port:
+        raise ConfigError("HTTP_PROXY_PORT and PROXY_PORT can't be 0 here: others must know them")
     taken = [("PROXY_PORT", plan.discovery_port, 1)]
     for spec in plan.services:
         taken.append((f"{spec.name}'s HTTP port", spec.http_port, 1))

@@ -1,16 +1,17 @@
 """Processes that TwoLane started: how they are told from others, started in a group of their own, and ended for good.
 
-A process is identified by pid and start time (Linux clock ticks since boot), so a recycled pid is never signalled. A
-group is TwoLane's as long as one process that was recorded in it is still alive in it: until then Linux does not give
-its number away.
+A process is identified by pid, start time (Linux clock ticks since boot), boot and program, so a recycled pid is never
+signalled. The program stands for the command: vLLM's processes write other words over their command lines. A group is
+TwoLane's as long as one process that was recorded in it is still alive in it: until then Linux does not give its number
+away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -20,12 +21,14 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from twolane.launch.logpipe import LOG_MAX_BYTES, LogPipe
 from twolane.launch.plan import ServiceSpec
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 KILL_WAIT_S = 10.0
 TRACKER_WAIT_S = 2.0
+LAST_WORDS_S = 0.5  # from a child's end until its log holds all
 GONE = "was gone"
 _libc = ctypes.CDLL(None)  # loaded before any fork: a forked child must not load libraries
 
@@ -35,9 +38,11 @@ class ProcessId(msgspec.Struct, frozen=True):
 
     pid: int
     start_ticks: int
+    program: str  # its executable file
+    boot: str  # the kernel's random name of it: ticks and pids begin anew with each
 
     def alive(self) -> bool:
-        return start_ticks(self.pid) == self.start_ticks
+        return identify(self.pid) == self
 
 
 def start_ticks(pid: int) -> int | None:
@@ -52,7 +57,20 @@ def start_ticks(pid: int) -> int | None:
 
 def identify(pid: int) -> ProcessId | None:
     ticks = start_ticks(pid)
-    return None if ticks is None else ProcessId(pid, ticks)
+    return None if ticks is None else ProcessId(pid, ticks, _program(pid), _boot())
+
+
+def _program(pid: int) -> str:
+    """Empty where this user may not know."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")  # noqa: PTH115 - it may be no file any more
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def group_members(pgid: int) -> list[ProcessId]:
@@ -167,33 +185,41 @@ def _is_tracker(member: ProcessId) -> bool:
 
 
 class Child:
-    """One running service. Owns its process object and log file. Made in the main thread, whose end its parent's is."""
+    """One running service. Owns its process object and log pipe. Made in the main thread, whose end its parent's is."""
 
-    def __init__(self, spec: ServiceSpec, extra_env: dict[str, str]) -> None:
+    def __init__(self, spec: ServiceSpec, extra_env: dict[str, str], log_max_bytes: int = LOG_MAX_BYTES) -> None:
         """Starts it, in a session of its own, with its output in a fresh log file. OSError if that can't be done."""
-        log = Path(spec.log)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        rotate(log)
-        with log.open("ab") as output:
+        self._log = LogPipe(Path(spec.log), log_max_bytes)
+        try:
             self._process = subprocess.Popen(
                 spec.argv,
                 env={**os.environ, **spec.env, **extra_env},
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=self._log.write_end,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - it makes one system call
             )
+        except OSError:
+            self._log.close()
+            raise
+        self._log.close_write_end()
+        self._reaped = False
         self.pgid = self._process.pid
         leader = identify(self.pgid)
         self.recorded: set[ProcessId] = {leader} if leader else set()  # all processes seen in its group
 
     def exit_code(self) -> int | None:
-        """None while it runs. Reaps it."""
-        return self._process.poll()
+        """None while it runs. Reaps it; from then on its log holds its last words."""
+        code = self._process.poll()
+        if code is not None and not self._reaped:
+            self._reaped = True
+            self._log.drain(LAST_WORDS_S)
+        return code
 
     def look(self) -> tuple[ProcessId, ...]:
         """Notes which processes are in the group now, so that they are known when the leader is gone."""
+        self._log.keep()
         members = group_members(self.pgid) if self.exit_code() is None else owned_group(self.pgid, self.recorded)
         self.recorded.update(members)
         return tuple(sorted(members, key=lambda member: member.pid))
@@ -207,32 +233,13 @@ class Child:
             if self._process.poll() is None:
                 self._process.kill()
             self._process.wait(KILL_WAIT_S)
+            self._log.drain(LAST_WORDS_S)
+            self._log.close()
 
 
 def _die_with_parent() -> None:
     """In the child, before exec: SIGTERM when the supervisor dies, however it dies."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def rotate(log: Path) -> None:
-    """Keeps one older log beside the new one, with `.1` behind its name."""
-    if log.exists():
-        log.replace(log.with_name(log.name + ".1"))
-
-
-def rotate_if_large(log: Path, max_bytes: int) -> bool:
-    """Moves the content of a log that is being written to NAME.1. Lines written between copy and cut are lost.
-
-    The writer holds the file open in append mode and goes on at its new beginning.
-    """
-    try:
-        if log.stat().st_size <= max_bytes:
-            return False
-        shutil.copyfile(log, log.with_name(log.name + ".1"))
-        os.truncate(log, 0)
-    except OSError:
-        return False
-    return True
 
 
 def last_lines(path: Path, count: int) -> list[str]:

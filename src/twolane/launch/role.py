@@ -25,10 +25,12 @@ from twolane.launch.hardware import inspect_machine
 from twolane.launch.logs import Follower
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.ports import check_ports
-from twolane.launch.process import Child, last_lines, rotate_if_large
+from twolane.launch.process import Child, last_lines
 from twolane.launch.registrar import Registrar, needs_registrar
 from twolane.launch.service import describe_exit
+from twolane.launch.state import ServiceState
 from twolane.launch.supervisor import INSTANCE_STOP_S, RUN_DIR_PREFIX
+from twolane.launch.terminals import Record, recorded
 
 POLL_S = 0.1
 WATCH_EVERY_S = 2.0
@@ -58,7 +60,9 @@ def run_role(settings: Settings, role: str, index: int, vllm_options: list[str],
     spec = spec_of(plan, role, index, vllm_options)
     check_ports(plan, {spec.name})
     console.print(f"{spec.name} at http://{spec.address}, log {spec.log}; Ctrl+C ends it", markup=False)
-    run_in_foreground(plan, spec, _write)
+    me = ServiceState(spec.name, spec.role, spec.http_port, spec.log, spec.kv_port, spec.gpus)
+    with recorded(settings.state_dir, me) as record:
+        run_in_foreground(plan, spec, _write, record)
 
 
 def _write(text: str) -> None:
@@ -66,15 +70,16 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], object]) -> None:
+def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], object], record: Record) -> None:
     """Shows the instance's log until it ends. Ctrl+C, SIGTERM and a closed terminal stop it. StartError if it fails."""
     run_dir = Path(tempfile.mkdtemp(prefix=RUN_DIR_PREFIX))
     registrar = Registrar(spec, plan.discovery_address) if needs_registrar(plan, spec) else None
     child = None
     try:
         with _signals_interrupt():
-            child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)})
-            _show_until_exit(child, plan, spec, registrar, write)
+            child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)}, plan.log_max_bytes)
+            watch = Watch(plan, spec, child, record)
+            _show_until_exit(child, Path(spec.log), watch, registrar, write)
     except KeyboardInterrupt:
         if child:
             write(f"\n{spec.name}: {child.stop(INSTANCE_STOP_S)}\n")
@@ -89,37 +94,46 @@ def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], obje
 
 
 def _show_until_exit(
-    child: Child, plan: Plan, spec: ServiceSpec, registrar: Registrar | None, write: Callable[[str], object]
+    child: Child, path: Path, watch: Watch, registrar: Registrar | None, write: Callable[[str], object]
 ) -> None:
-    log, watch = Follower("", Path(spec.log), from_start=True), RegistrationWatch(plan, spec)
+    log = Follower("", path, from_start=True)
     ended = False
-    while not ended:
-        ended = child.exit_code() is not None
-        rotate_if_large(Path(spec.log), plan.log_max_bytes)
-        for line in log.read():
-            write(line)
-        if registrar:
-            registrar.tick()
-        if not ended:
-            write(watch.tick())
-            time.sleep(POLL_S)
+    try:
+        while not ended:
+            ended = child.exit_code() is not None
+            for line in log.read():
+                write(line)
+            if registrar:
+                registrar.tick()
+            if not ended:
+                write(watch.tick())
+                time.sleep(POLL_S)
+    finally:
+        log.close()
 
 
-class RegistrationWatch:
-    """Tells once why an instance that serves gets no requests yet. Owns when to look."""
+class Watch:
+    """Every few seconds: records the instance's processes, and tells once why it serves but gets no requests yet."""
 
-    def __init__(self, plan: Plan, spec: ServiceSpec) -> None:
+    def __init__(self, plan: Plan, spec: ServiceSpec, child: Child, record: Record) -> None:
         self._plan = plan
         self._spec = spec
+        self._child = child
+        self._record = record
+        self._record.note(child.pgid, child.look())
         self._next_s = time.monotonic() + WATCH_EVERY_S
         self._served = False
         self._done = False
 
     def tick(self) -> str:
-        """A line to show, or nothing. Looks every few seconds; the instance has that long to register."""
-        if self._done or time.monotonic() < self._next_s:
+        """A line to show, or nothing. An instance has from one look to the next to register."""
+        if time.monotonic() < self._next_s:
             return ""
         self._next_s = time.monotonic() + WATCH_EVERY_S
+        self._record.note(self._child.pgid, self._child.look())
+        return "" if self._done else self._registration()
+
+    def _registration(self) -> str:
         proxy, spec = self._plan.proxy_address, self._spec
         self._done = probes.is_registered(proxy, spec)
         served_before, self._served = self._served, probes.is_healthy(spec)

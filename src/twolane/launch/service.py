@@ -9,6 +9,7 @@ from pathlib import Path
 
 from twolane.errors import StartError
 from twolane.launch.diagnose import diagnose
+from twolane.launch.logs import Follower
 from twolane.launch.phases import FIRST_ANSWER, IMPORTING, READY, REGISTERING, next_phase
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.process import Child, last_lines
@@ -40,21 +41,24 @@ class Service:
             name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpus=spec.gpus
         )
         self.restart_wanted = asyncio.Event()  # somebody asks for a restart
-        self._log_offset = 0
+        self._log: Follower | None = None
         self._ready_at_s = 0.0
         self._failures = 0  # since it was last steady
         self._failed_at_s: deque[float] = deque()
 
-    def start(self, temp_dir: Path) -> None:
+    def start(self, temp_dir: Path, log_max_bytes: int) -> None:
         """Starts the child; its sockets and temporary files go into `temp_dir`."""
         temp_dir.mkdir(parents=True, exist_ok=True)
-        self._log_offset = 0
+        env = {"TMPDIR": str(temp_dir), "VLLM_RPC_BASE_PATH": str(temp_dir)}
         try:
-            self.child = Child(self.spec, {"TMPDIR": str(temp_dir), "VLLM_RPC_BASE_PATH": str(temp_dir)})
+            self.child = Child(self.spec, env, log_max_bytes)
         except OSError as error:
             raise StartError(f"{self.spec.name} can't be started: {error}") from error
         self.state.pid = self.state.pgid = self.child.pgid
         self.state.members = sorted(self.child.recorded, key=lambda member: member.pid)
+        if self._log:
+            self._log.close()
+        self._log = Follower("", Path(self.spec.log), from_start=True)
         self.enter(IMPORTING if self.spec.role != "proxy" else "starting")
 
     def enter(self, phase: str) -> None:
@@ -71,19 +75,9 @@ class Service:
 
     def read_log(self) -> None:
         """Follows what the child has written since the last call."""
-        try:
-            with Path(self.spec.log).open("rb") as file:
-                file.seek(self._log_offset)
-                fresh = file.read()
-        except OSError:
-            return
-        whole, sep, _ = fresh.rpartition(b"\n")
-        self._log_offset += len(whole) + len(sep)
+        fresh = self._log.read() if self._log else []
         if self.spec.role != "proxy" and self.state.phase not in PROBED:
-            self.enter(next_phase(self.state.phase, whole.decode(errors="replace").splitlines()))
-
-    def log_was_cut(self) -> None:
-        self._log_offset = 0
+            self.enter(next_phase(self.state.phase, fresh))
 
     def check_alive(self) -> None:
         """ServiceError if the child has ended."""

@@ -6,15 +6,17 @@ import contextlib
 import time
 from typing import Any
 
+import msgspec
 import psutil
 from rich.console import Console
 from rich.table import Table
 
 from twolane.config import Settings
-from twolane.launch import control, probes
+from twolane.launch import control, probes, terminals
 from twolane.launch.plan import proxy_address
 from twolane.launch.ports import listener_pid
-from twolane.launch.state import ServiceState, State, read_state
+from twolane.launch.state import ServiceState, read_state
+from twolane.launch.terminals import Terminal
 
 ROLES = {"P": "prefill", "D": "decode"}
 COLUMNS = ("instance", "role", "pid", "gpu", "ports", "state", "uptime", "memory", "in-flight")
@@ -26,9 +28,14 @@ def status(settings: Settings) -> dict[str, Any]:
     """For --json. `running`: whether a supervisor does; without one, services that terminals started may be listed."""
     files = control.Files(settings)
     state = control.running(files)
+    address = state.url.removeprefix("http://") if state else proxy_address(settings)
+    known = {str(entry["address"]): entry for entry in probes.instances(address) or []}
+    in_terminals = [_in_terminal(terminal, known) for terminal in terminals.running(settings.state_dir)]
+    services = [_row(service, known) for service in state.services] if state else []
+    services += [_row(service, known) for service in in_terminals]
     if state is None:
         leftover = read_state(files.state)
-        services = from_proxy(settings)
+        services = _in_order(services + from_proxy(settings, {row["http_port"] for row in services}))
         left_over = bool(leftover and any(s.members for s in leftover.services))
         return {"running": False, "services": services, "left_over": left_over}
     return {
@@ -37,17 +44,26 @@ def status(settings: Settings) -> dict[str, Any]:
         "url": state.url,
         "models": list(state.model_names),
         "supervisor_pid": state.supervisor.pid,
-        "services": from_state(state),
+        "services": _in_order(services),
     }
 
 
-def from_state(state: State) -> list[dict[str, Any]]:
-    stats = probes.get_json(state.url.removeprefix("http://"), "/stats") or {}
-    known = {entry.get("address"): entry for entry in stats.get("instances", [])}
-    return [_row(service, known, known.get(f"127.0.0.1:{service.http_port}", {})) for service in state.services]
+def _in_order(services: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(services, key=lambda row: ("proxy", *ROLES.values()).index(row["role"]))
 
 
-def _row(service: ServiceState, known: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+def _in_terminal(terminal: Terminal, known: dict[str, Any]) -> ServiceState:
+    """Its state is what the proxy says of it; the proxy's own, whether it answers. Until then it starts."""
+    service = terminal.service
+    entry = known.get(f"127.0.0.1:{service.http_port}")
+    answers = service.role == "proxy" and probes.proxy_answers(f"127.0.0.1:{service.http_port}")
+    phase = entry["state"] if entry else "ready" if answers else "starting"
+    members = service.members or [terminal.owner]
+    return msgspec.structs.replace(service, members=members, phase=phase)
+
+
+def _row(service: ServiceState, known: dict[str, Any]) -> dict[str, Any]:
+    entry = known.get(f"127.0.0.1:{service.http_port}", {})
     in_flight = sum(e["in_flight"] for e in known.values() if e["role"] == "D") if service.role == "proxy" else None
     pids = [member.pid for member in service.members if member.alive()]
     return {
@@ -70,8 +86,8 @@ def _row(service: ServiceState, known: dict[str, Any], entry: dict[str, Any]) ->
     }
 
 
-def from_proxy(settings: Settings) -> list[dict[str, Any]]:
-    """Services started in terminals, as far as the proxy at our address knows them; nothing without one."""
+def from_proxy(settings: Settings, ports: set[int]) -> list[dict[str, Any]]:
+    """Services started elsewhere, on other ports than these, as far as the proxy at our address knows them."""
     known = probes.instances(proxy_address(settings))
     if known is None:
         return []
@@ -81,7 +97,7 @@ def from_proxy(settings: Settings) -> list[dict[str, Any]]:
         port = int(entry["address"].rpartition(":")[2])
         row = _found(ROLES[entry["role"]], port, entry["state"], entry["in_flight"])
         rows.append(row | {"load": entry.get("load"), "problem": entry.get("problem")})
-    return rows
+    return [row for row in rows if row["http_port"] not in ports]
 
 
 def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
@@ -120,7 +136,7 @@ def print_status(report: dict[str, Any], console: Console) -> None:
     if report["running"]:
         console.print(f"{report['state']}  {report['url']}  model {report['models'][0]}", markup=False)
     elif report["services"]:
-        console.print("not started by `twolane up` in this folder; this is what the proxy knows:", markup=False)
+        console.print("not started by `twolane up` in this folder, but in terminals or elsewhere:", markup=False)
     else:
         left_over = ", but something is left over: `twolane down`" * report.get("left_over", False)
         console.print("nothing is running in this folder" + left_over)

@@ -20,7 +20,7 @@ from pathlib import Path
 from twolane.errors import StartError
 from twolane.launch import probes, upkeep
 from twolane.launch.diagnose import not_registered
-from twolane.launch.phases import FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING
+from twolane.launch.phases import FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING, STARTING_SERVER
 from twolane.launch.plan import Plan
 from twolane.launch.process import identify
 from twolane.launch.service import Service, ServiceError, describe_exit
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_PREFIX = "twolane-"
 TICK_S = 0.1
+LOADING_TICK_S = 0.5  # the machine has better things to do then
 LOOK_EVERY_S = 5.0
 PROXY_START_S = 60.0
 PROXY_STOP_S = 35.0  # its own drain takes 30 s at most
@@ -80,8 +81,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, upkeep.take_wishes, self._state_path, self._services)
         try:
             async with asyncio.TaskGroup() as group:
-                work = (self._publish_changes(), self._serve(), upkeep.rotate_logs(self._plan, self._services))
-                tasks = [group.create_task(part) for part in (*work, upkeep.register(self._plan, self._services))]
+                work = (self._publish_changes(), self._serve(), upkeep.register(self._plan, self._services))
+                tasks = [group.create_task(part) for part in work]
                 await self._stop.wait()
                 for task in tasks:
                     task.cancel()
@@ -106,7 +107,7 @@ class Supervisor:
 
     async def _start(self, service: Service) -> None:
         """Returns when it is ready. StartError if it ends before that, or takes too long."""
-        service.start(self._run_dir / service.spec.name)
+        service.start(self._run_dir / service.spec.name, self._plan.log_max_bytes)
         log.info("service=%s pid=%d event=started", service.spec.name, service.state.pid)
         timeout_s = self._plan.start_timeout_s
         if service.spec.role == "proxy":
@@ -131,19 +132,27 @@ class Supervisor:
         spec, proxy = service.spec, self._plan.proxy_address
         if spec.role == "proxy":
             return await self._poll(service, lambda: probes.proxy_answers(proxy))
-        await self._poll(service, lambda: probes.is_healthy(spec))
+        await self._poll(service, lambda: probes.is_healthy(spec), LOADING_TICK_S)
         service.enter(FIRST_ANSWER)
         await self._poll(service, lambda: probes.serves_a_token(spec, self._plan.model.names[0]))
         service.enter(REGISTERING)
         return await self._poll(service, lambda: probes.is_registered(proxy, spec))
 
-    async def _poll(self, service: Service, probe: Callable[[], bool]) -> None:
-        """Until the probe says yes. StartError as soon as the child has ended."""
+    async def _poll(self, service: Service, probe: Callable[[], bool], loading_tick_s: float = TICK_S) -> None:
+        """Until the probe says yes, asked at every tick, or more rarely while the log says that it loads.
+
+        StartError as soon as the child has ended.
+        """
+        next_s = 0.0
         while True:
             service.check_alive()
-            if await asyncio.to_thread(probe):
-                return
+            if time.monotonic() >= next_s:
+                if await asyncio.to_thread(probe):
+                    return
+                next_s = time.monotonic() + loading_tick_s
             service.read_log()
+            if service.state.phase in {STARTING_SERVER, REGISTERING}:
+                next_s = 0.0
             await asyncio.sleep(TICK_S)
 
     async def _keep(self, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""What the supervisor does beside starting and stopping: logs, wishes, registrations on behalf of instances."""
+"""What the supervisor does beside starting and stopping: wishes, registrations on behalf of instances."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from pathlib import Path
 
 from twolane.launch.phases import READY, REGISTERING
 from twolane.launch.plan import Plan
-from twolane.launch.process import rotate_if_large
 from twolane.launch.registrar import Registrar, needs_registrar
 from twolane.launch.service import Service
 
-ROTATE_EVERY_S = 2.0
 REGISTER_TICK_S = 0.2
 
 
@@ -32,15 +30,6 @@ def take_wishes(state_path: Path, services: Sequence[Service]) -> None:
     for service in services:
         if service.spec.name in names:
             service.restart_wanted.set()
-
-
-async def rotate_logs(plan: Plan, services: Sequence[Service]) -> None:
-    """Never returns."""
-    while True:
-        for service in services:
-            if rotate_if_large(Path(service.spec.log), plan.log_max_bytes):
-                service.log_was_cut()
-        await asyncio.sleep(ROTATE_EVERY_S)
 
 
 async def register(plan: Plan, services: Sequence[Service]) -> None:

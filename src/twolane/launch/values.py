@@ -6,9 +6,9 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from twolane.config import KV_KINDS, GpuGroups
+from twolane.config import KV_KINDS, GpuGroups, Policy
 
 MAX_INSTANCES = 64  # of a role; see plan.py for how ports are counted on
 GPU_LIST = re.compile(r"\d+(\+\d+)*(,\d+(\+\d+)*)*")
@@ -78,6 +78,12 @@ def kv(raw: object) -> str:
     return str(raw)
 
 
+def policy(raw: object) -> str:
+    if raw not in get_args(Policy):
+        raise WrongValueError(f"is none of {', '.join(get_args(Policy))}")
+    return str(raw)
+
+
 def path(raw: object) -> Path:
     return Path(string(raw)).expanduser()
 
@@ -94,8 +100,8 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "decode_http_port": port,
     "prefill_kv_port": port,
     "decode_kv_port": port,
-    "http_proxy_port": port,
-    "proxy_port": port,
+    "http_proxy_port": whole(0, 65535),  # 0: any that is free, for a proxy that stands alone
+    "proxy_port": whole(0, 65535),
     "timeout_seconds": seconds,
     "host": string,
     "kv": kv,
@@ -106,6 +112,18 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "restart_tries": whole(1, 1000),
     "restart_minutes": number,
     "log_max_mb": whole(1, 100_000),
+    "policy": policy,
+    "min_prefill_tokens": whole(0, 1 << 30),
+    "max_prefill_queue": whole(0, 1 << 30),
+    "max_in_flight": whole(1, 1 << 20),
+    "max_queued": whole(0, 1 << 20),
+    "queue_timeout": number,
+    "discovery_host": string,
+    "registration_secret_file": path,
+    "allow_network": words,
+    "api_key": words,
+    "api_key_file": path,
+    "upstream_api_key": string,
     "log_dir": path,
     "cache_dir": path,
 }

@@ -1,4 +1,4 @@
-"""What the `twolane proxy` flags say, made into settings. Raises ConfigError, which names flag and remedy."""
+"""The settings of `twolane proxy`, made into the proxy's own. Raises ConfigError, which names flag and remedy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,31 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
-from twolane.config import Policy, StaticInstance
+from twolane.config import ProxySettings, Settings, StaticInstance
 from twolane.errors import ConfigError
 from twolane.protocol import Kind, Role, split_address
+
+
+def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequence[str]) -> ProxySettings:
+    """Reads the files that the settings name."""
+    secret_file = settings.registration_secret_file
+    return ProxySettings(
+        host=settings.host,
+        http_port=settings.http_proxy_port,
+        discovery_host=settings.discovery_host,
+        discovery_port=settings.proxy_port,
+        registration_secret=read_keys(secret_file)[0] if secret_file else "",
+        allowed_networks=settings.allow_network,
+        instances=parse_instances(prefills, decodes, settings.kv),
+        api_keys=all_keys(settings.api_key, settings.api_key_file),
+        upstream_api_key=settings.upstream_api_key,
+        policy=settings.policy,
+        min_prefill_tokens=settings.min_prefill_tokens,
+        max_prefill_queue=settings.max_prefill_queue,
+        max_in_flight=settings.max_in_flight,
+        max_queued=settings.max_queued,
+        queue_timeout_s=settings.queue_timeout,
+    )
 
 
 def parse_instances(prefills: Sequence[str], decodes: Sequence[str], kind: str) -> tuple[StaticInstance, ...]:
@@ -42,14 +64,6 @@ def _parse_instance(role: Role, text: str, kind: Kind) -> StaticInstance:
         except ValueError as error:
             raise ConfigError(f"{flag} {text}: {error}") from error
     return StaticInstance(role, address, kind, control_address)
-
-
-def parse_policy(text: str) -> Policy:
-    known: tuple[Policy, ...] = get_args(Policy)
-    for policy in known:
-        if policy == text:
-            return policy
-    raise ConfigError(f"--policy {text} is unknown; known are {', '.join(known)}")
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
