@@ -153,7 +153,7 @@ def print_status(report: dict[str, Any], console: Console) -> None:
             why = f"; {service['reason']}" if service["reason"] else ""
             text = f"{service['name']}: started again {service['restarts']} times{why} (log: {service['log']})"
             console.print(text, markup=False)
-        if service["problem"]:
+        if service.get("problem"):
             console.print(f"{service['name']}: {service['problem']}", markup=False)
 
 

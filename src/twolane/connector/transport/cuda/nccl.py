@@ -64,8 +64,8 @@ class Staging:
 
 class Pair:
     """The thread of one communicator. `call(post, then)` makes it run `post(communicator, stream)`, wait until NCCL has
-    put that on the stream (a call to a non-blocking communicator returns before), and run `then(stream)`; in order. Ends
-    on `end`, on the first error, or when the other rank is lost; then aborts, and `error` says why."""
+    put that on the stream (a call to a non-blocking communicator returns before), and run `then(stream)`; in order.
+    Ends on `end`, on the first error, or when the other rank is lost; then aborts, and `error` says why."""
 
     def __init__(self, name: bytes, rank: int, device: torch.device) -> None:
         self.error = ""
