@@ -18,8 +18,11 @@ LEFT = ("queue", "prefill", "transfer", "stream")
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs, of a part of the phases each, as one report. Seed and surroundings are the first one's."""
-    merged: dict[str, Any] = dict(reports[0]) if reports else {}
+    """Several runs, of a part of the phases each, as one report. Seed and surroundings are the first one's.
+
+    The configuration isn't kept: it holds paths of the machine, and each phase has its own.
+    """
+    merged = {key: value for key, value in reports[0].items() if key != "configuration"}
     return merged | {"phases": [phase for report in reports for phase in report["phases"]]}
 
 
