@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _per_phase(phases: Sequence[dict[str, Any]], rows: dict[str, list[int]]) -> str:
-    """A column a phase, and their sum."""
+def _per_phase(phases: Sequence[dict[str, Any]], rows: Mapping[str, Sequence[int | None]]) -> str:
+    """A column a phase, and their sum; None for what a phase didn't count."""
     head = ["", *(phase["phase"] for phase in phases), "all"]
-    return _table(head, [[name, *values, sum(values)] for name, values in rows.items()])
+    lines = [[name, *values, sum(value or 0 for value in values)] for name, values in rows.items()]
+    return _table(head, [["-" if cell is None else cell for cell in line] for line in lines])
 
 
 def _requests(phases: Sequence[dict[str, Any]]) -> str:
@@ -107,19 +108,21 @@ def _requests(phases: Sequence[dict[str, Any]]) -> str:
 
 def _faults(phases: Sequence[dict[str, Any]]) -> str:
     words = {"kill": "SIGKILL of a", "stop": "SIGSTOP for 5 s of a"}
-    rows = {}
+    rows: dict[str, list[int | None]] = {}
     for fault in FAULTS:
         action, role = fault.split()
         rows[f"{words[action]} {role}"] = [phase["faults"].get(fault, 0) for phase in phases]
     names = {
         "twolane_kv_dropped_messages_total": "messages of P lost",
         "vllm:num_preemptions_total": "preemptions",
+        "prefill: vllm:num_preemptions_total": "of these on a P",
+        "decode: vllm:num_preemptions_total": "of these on a D",
         "twolane_kv_received_transfers_total": "transfers landed",
         "twolane_kv_receive_failures_total": "transfers that failed on D",
         "twolane_kv_recomputed_tokens_total": "tokens that D computed for that",
         "twolane_kv_leases_expired_total": "leases run out",
     }
-    rows |= {text: [phase["counters"].get(name, 0) for phase in phases] for name, text in names.items()}
+    rows |= {text: [phase["counters"].get(name) for phase in phases] for name, text in names.items()}
     rows["looks at D that found requests waiting for blocks"] = [phase["looks_waiting_for_blocks"] for phase in phases]
     return _per_phase(phases, rows)
 
