@@ -12,6 +12,7 @@ STOP_S = 5.0
 KILL_EVERY_S = 30.0
 LEASE_S = 20.0
 TRANSFER_TIMEOUT_S = 30.0
+PEER_TIMEOUT_S = 10.0
 PATIENT_S = 20.0  # longer than P hangs: shorter, and D gives up and computes the prompt, which is another thing
 CLIENT_DEADLINE_S = 120.0  # a request that hasn't ended by then is lost
 SMALL_CHUNKS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "32", "--max-model-len", str(MAX_MODEL_LEN))
@@ -20,7 +21,7 @@ NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
 # can't finish side by side, and preempts.
 TINY_KV = ("--num-gpu-blocks-override", "18", "--no-scheduler-reserve-full-isl")
 
-DEADLINES: dict[str, float] = {"lease_s": LEASE_S, "transfer_timeout_s": TRANSFER_TIMEOUT_S}
+DEADLINES = {"lease_s": LEASE_S, "transfer_timeout_s": TRANSFER_TIMEOUT_S, "peer_timeout_s": PEER_TIMEOUT_S}
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def _hangs(phases: Sequence[dict[str, Any]]) -> str:
     rows = [_hang_row(phase["hang"]) for phase in phases if phase.get("hang")]
     head = [
         "D's streams",
+        "D waits for a silent P",
         "gaps undisturbed / P hung",
         "ITL p99 undisturbed",
         "P hung",
@@ -164,8 +165,14 @@ def _hangs(phases: Sequence[dict[str, Any]]) -> str:
 
 
 def _hang_row(hang: dict[str, Any]) -> list[object]:
-    row: list[object] = [hang["streams"], f"{hang['gaps_quiet']} / {hang['gaps_hung']}", f"{hang['quiet_p99_ms']} ms"]
-    return [*row, f"{hang['hung_p99_ms']} ms", hang["ratio"], f"{hang['until_answered_p99_ms']} ms"]
+    row: list[object] = [hang["streams"], f"{hang['patience_s']:g} s", f"{hang['gaps_quiet']} / {hang['gaps_hung']}"]
+    return [
+        *row,
+        f"{hang['quiet_p99_ms']} ms",
+        f"{hang['hung_p99_ms']} ms",
+        hang["ratio"],
+        f"{hang['until_answered_p99_ms']} ms",
+    ]
 
 
 def write_docs(report: dict[str, Any], root: Path = ROOT) -> None:

@@ -12,6 +12,7 @@ from benchmarks.soak.report import BEGIN, DOCS, END, KEPT, ROOT, failures, merge
 GROWN = {"service": "decode", "rss_bytes": 1, "fds": 0, "threads": 0, "segments": 0, "within_bounds": True}
 HANG = {
     "streams": 8,
+    "patience_s": 20.0,
     "gaps_quiet": 900,
     "gaps_hung": 900,
     "quiet_p99_ms": 50.0,
