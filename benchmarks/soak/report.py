@@ -88,8 +88,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _per_phase(phases: Sequence[dict[str, Any]], rows: Mapping[str, Sequence[int | None]]) -> str:
     """A column a phase, and their sum; None for what a phase didn't count."""
     head = ["", *(phase["phase"] for phase in phases), "all"]
-    lines = [[name, *values, sum(value or 0 for value in values)] for name, values in rows.items()]
+    lines = [[name, *values, _sum(values)] for name, values in rows.items()]
     return _table(head, [["-" if cell is None else cell for cell in line] for line in lines])
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    counted = [value for value in values if value is not None]
+    return sum(counted) if counted else None
 
 
 def _requests(phases: Sequence[dict[str, Any]]) -> str:
