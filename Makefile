@@ -28,13 +28,13 @@ lint: install  ## ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-test: lint  ## lint, then all tests (they start real engines: about 16 minutes on 2 cores)
+test: lint  ## lint, then all tests (they start real engines: over 12 minutes on 2 cores)
 	.venv/bin/python -m pytest
 
 matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
 	$(PYTHON) scripts/matrix.py $(VERSIONS)
 
-soak: install  ## The connector under fire: 2,000 requests, instances killed all the time (30 minutes on 2 cores)
+soak: install  ## The connector under fire: 2,000 requests, instances killed all the time (22 minutes of load at most)
 	.venv/bin/python -m benchmarks.soak
 
 lock:  ## Resolve requirements/*.in into the lock files again

@@ -62,7 +62,7 @@ class Gaps:
         return [f"{gap_s * 1e3:.0f} ms at {at_s:.1f} s" for gap_s, at_s in sorted(within, reverse=True)[:3]]
 
 
-async def measure(service: Service, rounds: int, seed: int) -> dict[str, Any]:
+async def measure(service: Service, rounds: int, seed: int, patience_s: float) -> dict[str, Any]:
     """Pooled p50 and p99 of both, in ms, and each round's. A round without a hang in mid-transfer isn't counted."""
     rng = random.Random(seed)
     quiet: list[float] = []
@@ -80,6 +80,7 @@ async def measure(service: Service, rounds: int, seed: int) -> dict[str, Any]:
     return {
         "streams": NUM_STREAMS,
         "window_s": WINDOW_S,
+        "patience_s": patience_s,
         "rounds": each,
         "gaps_quiet": len(quiet),
         "gaps_hung": len(hung),

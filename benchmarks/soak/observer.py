@@ -13,6 +13,7 @@ from benchmarks.soak.service import Service
 from twolane.launch.process import shared_memory
 from twolane.launch.state import ServiceState
 
+PREEMPTIONS = "vllm:num_preemptions_total"
 LOOK_EVERY_S = 3.0
 IDLE_POLL_S = 0.5
 
@@ -40,7 +41,10 @@ class Observer:
 
     def look(self, state: ServiceState) -> None:
         samples = watch.metrics(self._service.specs[state.name].address)
-        self.totals.add(state.pid, watch.counters(samples))
+        counters = watch.counters(samples)
+        if PREEMPTIONS in counters:
+            counters[f"{state.role}: {PREEMPTIONS}"] = counters[PREEMPTIONS]
+        self.totals.add(state.pid, counters)
         self.segments |= shared_memory(state.members)
         if state.role == "decode" and samples:
             self.looks += 1

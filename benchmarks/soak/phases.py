@@ -12,6 +12,7 @@ STOP_S = 5.0
 KILL_EVERY_S = 30.0
 LEASE_S = 20.0
 TRANSFER_TIMEOUT_S = 30.0
+PEER_TIMEOUT_S = 10.0
 PATIENT_S = 20.0  # longer than P hangs: shorter, and D gives up and computes the prompt, which is another thing
 CLIENT_DEADLINE_S = 120.0  # a request that hasn't ended by then is lost
 SMALL_CHUNKS = ("--max-num-batched-tokens", "64", "--max-num-seqs", "32", "--max-model-len", str(MAX_MODEL_LEN))
@@ -20,7 +21,7 @@ NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
 # can't finish side by side, and preempts.
 TINY_KV = ("--num-gpu-blocks-override", "18", "--no-scheduler-reserve-full-isl")
 
-DEADLINES: dict[str, float] = {"lease_s": LEASE_S, "transfer_timeout_s": TRANSFER_TIMEOUT_S}
+DEADLINES = {"lease_s": LEASE_S, "transfer_timeout_s": TRANSFER_TIMEOUT_S, "peer_timeout_s": PEER_TIMEOUT_S}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ CALM = Phase(
     "calm",
     "1P1D, prefix caching off",
     share=0.35,
-    max_s=480,
+    max_s=420,
     vllm_args=(*SMALL_CHUNKS, *NO_PREFIX_CACHE),
     stops=("stop P", "stop D"),
     hang_rounds=4,
@@ -66,7 +67,7 @@ TINY = Phase(
     "tiny",
     "1P1D, tiny KV space, P killed and losing messages",
     share=0.3,
-    max_s=480,
+    max_s=420,
     vllm_args=(*SMALL_CHUNKS, *TINY_KV),
     kills=("kill P",),
     kill_every_s=90.0,
@@ -77,7 +78,7 @@ KILLS = Phase(
     "kills",
     "2P2D, killed every 30 s",
     share=0.35,
-    max_s=540,
+    max_s=480,
     prefill=2,
     decode=2,
     kills=("kill P", "kill D"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ LEFT = ("queue", "prefill", "transfer", "stream")
 
 
 def merge(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several runs, of a part of the phases each, as one report. Seed and surroundings are the first one's."""
-    merged: dict[str, Any] = dict(reports[0]) if reports else {}
+    """Several runs, of a part of the phases each, as one report. Seed and surroundings are the first one's.
+
+    The configuration isn't kept: it holds paths of the machine, and each phase has its own.
+    """
+    merged = {key: value for key, value in reports[0].items() if key != "configuration"}
     return merged | {"phases": [phase for report in reports for phase in report["phases"]]}
 
 
@@ -82,10 +85,16 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def _per_phase(phases: Sequence[dict[str, Any]], rows: dict[str, list[int]]) -> str:
-    """A column a phase, and their sum."""
+def _per_phase(phases: Sequence[dict[str, Any]], rows: Mapping[str, Sequence[int | None]]) -> str:
+    """A column a phase, and their sum; None for what a phase didn't count."""
     head = ["", *(phase["phase"] for phase in phases), "all"]
-    return _table(head, [[name, *values, sum(values)] for name, values in rows.items()])
+    lines = [[name, *values, _sum(values)] for name, values in rows.items()]
+    return _table(head, [["-" if cell is None else cell for cell in line] for line in lines])
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    counted = [value for value in values if value is not None]
+    return sum(counted) if counted else None
 
 
 def _requests(phases: Sequence[dict[str, Any]]) -> str:
@@ -104,19 +113,21 @@ def _requests(phases: Sequence[dict[str, Any]]) -> str:
 
 def _faults(phases: Sequence[dict[str, Any]]) -> str:
     words = {"kill": "SIGKILL of a", "stop": "SIGSTOP for 5 s of a"}
-    rows = {}
+    rows: dict[str, list[int | None]] = {}
     for fault in FAULTS:
         action, role = fault.split()
         rows[f"{words[action]} {role}"] = [phase["faults"].get(fault, 0) for phase in phases]
     names = {
         "twolane_kv_dropped_messages_total": "messages of P lost",
         "vllm:num_preemptions_total": "preemptions",
+        "prefill: vllm:num_preemptions_total": "of these on a P",
+        "decode: vllm:num_preemptions_total": "of these on a D",
         "twolane_kv_received_transfers_total": "transfers landed",
         "twolane_kv_receive_failures_total": "transfers that failed on D",
         "twolane_kv_recomputed_tokens_total": "tokens that D computed for that",
         "twolane_kv_leases_expired_total": "leases run out",
     }
-    rows |= {text: [phase["counters"].get(name, 0) for phase in phases] for name, text in names.items()}
+    rows |= {text: [phase["counters"].get(name) for phase in phases] for name, text in names.items()}
     rows["looks at D that found requests waiting for blocks"] = [phase["looks_waiting_for_blocks"] for phase in phases]
     return _per_phase(phases, rows)
 
@@ -148,6 +159,7 @@ def _hangs(phases: Sequence[dict[str, Any]]) -> str:
     rows = [_hang_row(phase["hang"]) for phase in phases if phase.get("hang")]
     head = [
         "D's streams",
+        "D waits for a silent P",
         "gaps undisturbed / P hung",
         "ITL p99 undisturbed",
         "P hung",
@@ -158,8 +170,14 @@ def _hangs(phases: Sequence[dict[str, Any]]) -> str:
 
 
 def _hang_row(hang: dict[str, Any]) -> list[object]:
-    row: list[object] = [hang["streams"], f"{hang['gaps_quiet']} / {hang['gaps_hung']}", f"{hang['quiet_p99_ms']} ms"]
-    return [*row, f"{hang['hung_p99_ms']} ms", hang["ratio"], f"{hang['until_answered_p99_ms']} ms"]
+    row: list[object] = [hang["streams"], f"{hang['patience_s']:g} s", f"{hang['gaps_quiet']} / {hang['gaps_hung']}"]
+    return [
+        *row,
+        f"{hang['quiet_p99_ms']} ms",
+        f"{hang['hung_p99_ms']} ms",
+        hang["ratio"],
+        f"{hang['until_answered_p99_ms']} ms",
+    ]
 
 
 def write_docs(report: dict[str, Any], root: Path = ROOT) -> None:

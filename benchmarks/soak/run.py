@@ -54,7 +54,9 @@ class PhaseRun:
         result: dict[str, Any] = {"phase": self._phase.name, "started_after_s": round(time.monotonic() - started_s)}
         if self._phase.hang_rounds:
             self._say("P hangs while D streams")
-            result["hang"] = await self._or_stop(hang.measure(self._service, self._phase.hang_rounds, self._seed))
+            patience_s = self._phase.extra["peer_timeout_s"]
+            measuring = hang.measure(self._service, self._phase.hang_rounds, self._seed, patience_s)
+            result["hang"] = await self._or_stop(measuring)
         num_warm_up = int(len(requests) * WARM_UP_SHARE)
         await self._load(requests[:num_warm_up], self._phase.max_s * WARM_UP_SHARE, with_faults=False)
         await self._or_stop(self._observer.until_idle(IDLE_S))

@@ -12,6 +12,7 @@ from benchmarks.soak.report import BEGIN, DOCS, END, KEPT, ROOT, failures, merge
 GROWN = {"service": "decode", "rss_bytes": 1, "fds": 0, "threads": 0, "segments": 0, "within_bounds": True}
 HANG = {
     "streams": 8,
+    "patience_s": 20.0,
     "gaps_quiet": 900,
     "gaps_hung": 900,
     "quiet_p99_ms": 50.0,
@@ -90,6 +91,7 @@ def test_parts_of_a_soak_are_one_report() -> None:
     tables = render_tables(merged)
     assert "| requests | 10 | 10 | 20 |" in tables
     assert "| preemptions | 3 | 3 | 6 |" in tables
+    assert "| leases run out | - | - | - |" in tables
     assert "20 requests of 20 planned" in tables
 
 
