@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
 LENGTHS = [2, 63, 64, 65, 100, 129, 513, 1000]  # around the window, the block and the chunk
 NUM_TOKENS = 12
+MORE_ARGS = {"mla": ("--attention-backend", "CPU_MLA")}  # the other one, for AMX, knows no float32
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shaped(request: pytest.FixtureRequest, tokenizer: Path, tmp_path: Path) -> Iterator[Stack]:
     """1P1D of the model that the test names, not started."""
     model = tiny.make(request.param, tokenizer, tmp_path / request.param)
-    made = Stack(make_test_plan(tmp_path, model=str(model)))
+    made = Stack(make_test_plan(tmp_path, *MORE_ARGS.get(request.param, ()), model=str(model)))
     yield made
     made.stop()
 
