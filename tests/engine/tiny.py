@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
         {
+            "initializer_range": 0.08,
             "num_key_value_heads": 4,
             "q_lora_rank": None,
             "kv_lora_rank": 512,
