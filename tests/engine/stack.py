@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import itertools
 import json
+import random
 import shutil
 import socket
 import tempfile
@@ -20,7 +23,7 @@ from rich.console import Console
 from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine
 from twolane.launch.model import resolve_model
-from twolane.launch.plan import Plan, ServiceSpec, make_plan
+from twolane.launch.plan import PORT_STEP, Plan, ServiceSpec, make_plan
 from twolane.launch.probes import get_json, is_healthy, is_registered, request
 from twolane.launch.process import Child, kill_members, last_lines
 from twolane.launch.progress import Progress
@@ -33,15 +36,20 @@ Lane = Literal["prefill", "decode"]
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, and not handed out twice in one call."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Free now, with room behind each for the other ranks' ports, and not handed out twice in one call.
+
+    Below the ports that the system gives to outgoing connections: a D that calls a P which is gone could get that very
+    port for its own end, be connected to itself, and keep the port from the P that comes back.
+    """
+    candidates = random.Random().sample(range(12_000, 32_000, PORT_STEP), 20 * count)
+    return list(itertools.islice(filter(_is_free, candidates), count))
+
+
+def _is_free(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def make_test_plan(log_dir: Path, *more_args: str, **changes: Any) -> Plan:

@@ -39,14 +39,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "plain": ("LlamaForCausalLM", "LlamaConfig", {}),
     "sliding": ("MistralForCausalLM", "MistralConfig", {"sliding_window": WINDOW}),
     "mixed": (
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        {"sliding_window": WINDOW, "layer_types": ALTERNATING, "query_pre_attn_scalar": 64},
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        {"sliding_window": WINDOW, "sliding_window_pattern": 2, "layer_types": ALTERNATING},
     ),
     "mla": (
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
         {
+            "initializer_range": 0.08,
             "num_key_value_heads": 4,
             "q_lora_rank": None,
             "kv_lora_rank": 512,
@@ -60,7 +61,13 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hybrid": (
         "Lfm2ForCausalLM",
         "Lfm2Config",
-        {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 512, "block_auto_adjust_ff_dim": False},
+        {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_ff_dim": 512,
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": 256,
+            "block_dim": 256,
+        },
     ),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"state_size": 16}),
 }
