@@ -307,3 +307,18 @@ async def test_attempts_are_bounded() -> None:
             d.behave = fail_with_500
         assert (await c.complete()).status_code == 502
         assert sum(len(d.calls) for d in c.decodes) == 4
+
+
+async def test_the_only_d_that_closed_a_kept_alive_connection_while_it_was_stopped_is_asked_again() -> None:
+    """The request lay unread in the socket; on waking up the server closes what was idle too long."""
+    async with cluster() as stack:
+        assert (await stack.complete()).status_code == 200
+
+        async def close_late(call: Call) -> None:
+            await asyncio.sleep(0.6)
+            call.reset()
+
+        once(close_late, stack.d)
+        answered = await stack.complete()
+        assert answered.status_code == 200
+        assert stack.view(stack.d).state is State.READY

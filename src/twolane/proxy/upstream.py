@@ -15,10 +15,6 @@ from twolane.proxy.headers import Headers, find
 if TYPE_CHECKING:
     from twolane.proxy.http_client import Exchange
 
-# A request that crosses the server's close of an idle connection is refused within a round trip. Later than this the
-# server had taken it, and fell.
-_STALE_WITHIN_S = 0.25
-
 
 class ResponseHead(msgspec.Struct, frozen=True):
     """An answer's head. `length_bytes` is None for a chunked body, or one that ends with the connection."""
@@ -158,7 +154,9 @@ class UpstreamConnection(asyncio.Protocol):
         why = str(exc) if exc is not None else "closed the connection"
         if self._received:
             return UpstreamConnectionError(f"{self.address} broke off its answer: {why}")
-        if self._num_exchanges > 1 and monotonic() - self._began_at < _STALE_WITHIN_S:
+        if self._num_exchanges > 1:
+            # It may have crossed the server's close of an idle connection: also seconds later, where the server was
+            # stopped meanwhile. If the server fell instead, a fresh connection finds out at once.
             return StaleConnectionError(f"a kept-alive connection to {self.address} had ended: {why}")
         return UpstreamConnectionError(f"{self.address} ended the connection without an answer: {why}")
 
