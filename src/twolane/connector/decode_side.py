@@ -74,9 +74,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Read:
-    """A copy from a slot that was begun."""
+    """A copy from a slot that was begun. Pushes are answered in the order they came: a Credit gives back the slots before
+    it too. So what is thrown away waits for the reads before it."""
 
-    incoming: Incoming
+    incoming: Incoming | None  # None: thrown away
     peer: Peer
     items: ItemRange
     ticket: Ticket
@@ -324,22 +325,21 @@ class DecodeSide:
 
     def _on_push(self, peer: Peer, push: Push, now_s: float) -> None:
         incoming = self._open.get(push.transfer_id) if push.transfer_id in peer.transfers else None
-        read = None
-        if incoming is not None and incoming.state is IncomingState.WAITING:
-            try:
-                read = self._begin_read(peer, incoming, push)
-            except TransferError as error:
-                # Messages were lost: what else is missing on this connection isn't known.
-                self._drop_peer(peer.address, Cause.PROTOCOL, str(error), now_s)
-                return
-        if read is not None:
-            self._reads.append(read)
+        if incoming is not None and incoming.state is not IncomingState.WAITING:
+            incoming = None
+        try:
+            self._reads.append(self._begin_read(peer, incoming, push))
+        except TransferError as error:
+            # Messages were lost: what else is missing on this connection isn't known.
+            self._drop_peer(peer.address, Cause.PROTOCOL, str(error), now_s)
+        else:
             self.settle(now_s)
-        elif push.slot is not None:
-            self._links.send(peer.address, Credit(push.slot))
 
-    def _begin_read(self, peer: Peer, incoming: Incoming, push: Push) -> Read:
+    @staticmethod
+    def _begin_read(peer: Peer, incoming: Incoming | None, push: Push) -> Read:
         items = ItemRange(push.first_item, push.num_items)
+        if incoming is None:
+            return Read(None, peer, items, Ticket(0, slot=push.slot, done=True), push.computed_at_s)
         targets = incoming.targets(items)
         ticket = Ticket(0, done=True) if push.slot is None else peer.channel.read(push.slot, targets)
         incoming.begun(items)
@@ -358,7 +358,7 @@ class DecodeSide:
                 self._gates.append(gate)
         reads, self._reads = self._reads, []
         for read in reads:
-            if read.ticket.done:
+            if read.ticket.done and not any(before.peer is read.peer for before in self._reads):
                 self._on_read(read, now_s)
             else:
                 self._reads.append(read)
@@ -383,19 +383,20 @@ class DecodeSide:
         self._trace.note(incoming.transfer_id, "announce_sent")
 
     def _on_read(self, read: Read, now_s: float) -> None:
-        if read.ticket.error:
-            read.incoming.broken()
-            self._end(read.incoming, Cause.PROTOCOL, read.ticket.error, now_s)
-        else:
-            self._counters.kv_received_bytes += self._size_bytes(read)
-            read.incoming.landed(read.items, now_s)
-            self._time(read, now_s)
+        if read.incoming is not None:
+            self._end_read(read, read.incoming, now_s)
         if read.ticket.slot is not None and self._peers.get(read.peer.address) is read.peer:
             self._links.send(read.peer.address, Credit(read.ticket.slot))
-        self._close_if_over(read.incoming)
+        if read.incoming is not None:
+            self._close_if_over(read.incoming)
 
-    def _time(self, read: Read, now_s: float) -> None:
-        incoming = read.incoming
+    def _end_read(self, read: Read, incoming: Incoming, now_s: float) -> None:
+        if read.ticket.error:
+            incoming.broken()
+            self._end(incoming, Cause.PROTOCOL, read.ticket.error, now_s)
+            return
+        self._counters.kv_received_bytes += self._size_bytes(read)
+        incoming.landed(read.items, now_s)
         if read.items.first == 0:
             self._counters.kv_first_block_seconds.append(now_s - incoming.announced_at_s)
         is_last = incoming.state is IncomingState.LANDED
