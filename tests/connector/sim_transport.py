@@ -11,7 +11,7 @@ import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from twolane.connector.layout import KVLayout, Region
 from twolane.connector.transport.base import Fence, Items, Ticket
@@ -197,7 +197,7 @@ class SimShmReceiveHalf(ShmReceiveHalf):
 class DirectReceive:
     """hub.ReceiveWay. Who may write is what `permits` holds."""
 
-    targets: dict[int, DirectReceive] = {}  # by what an offer says; the world empties it
+    targets: ClassVar[dict[int, DirectReceive]] = {}  # by what an offer says; the world empties it
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory

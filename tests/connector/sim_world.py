@@ -41,8 +41,8 @@ NUM_SLOTS = 4
 TURN_S = 0.1  # how often an agent looks at its deadlines, where nothing goes wrong
 FORMAT = KVFormat(2, "tiny", "bytes", BLOCK_SIZE, 1, LAYOUT.signature())
 
-# Within this D reports every request and P frees every block, whatever happened before: D waits for a block, then for P's
-# word, then for the grace; the lease then begins with D's last word. Two looks at the deadline each.
+# Within this D reports every request and P frees every block, whatever happened before: D waits for a block, then for
+# P's word, then for the grace; the lease then begins with D's last word. Two looks at the deadline each.
 D_ENDS_WITHIN_S = SETTINGS.transfer_timeout_s + SETTINGS.peer_timeout_s + GRACE_S + 4 * TURN_S
 P_ENDS_WITHIN_S = D_ENDS_WITHIN_S + SETTINGS.lease_s + 2 * TURN_S
 
@@ -338,7 +338,7 @@ class Decode(Worker):
         assert not self.steps
         side = self.side
         assert side.is_idle
-        assert not (side._gates or side._reads or side._revoked)
+        assert not [*side._gates, *side._reads, *side._revoked]
         assert not any(peer.transfers for peer in side._peers.values())
         for req_id in list(self.blocks):
             self.drop(req_id)

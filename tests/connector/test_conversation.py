@@ -229,8 +229,8 @@ class Conversation(RuleBasedStateMachine):
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(
-    max_examples=int(os.environ.get("N", 100)),
-    stateful_step_count=int(os.environ.get("STEPS", 60)),
+    max_examples=int(os.environ.get("N", "100")),
+    stateful_step_count=int(os.environ.get("STEPS", "60")),
     deadline=None,
     derandomize=not IS_LONG,
     database=None,

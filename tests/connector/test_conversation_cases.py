@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.connector.sim_world import World
+from tests.connector.sim_world import SETTINGS, World
 
 
 @pytest.fixture
@@ -51,3 +51,44 @@ def test_a_slot_is_not_given_back_past_one_that_is_being_read(world: World) -> N
     world.deliver_all()
     assert f"d-{first}" in decode.waiting
     assert world.prefills[0].shm.free_slots <= 3, "D still reads the first"
+
+
+def test_a_push_that_d_finds_late_is_not_read_out_of_a_slot_of_somebody_else(world: World) -> None:
+    """D hangs until P has given its slots to others; then it goes on where it was."""
+    start(world, 2)
+    world.deliver_all()
+    push(world)
+    decode = world.decodes[0]
+    decode.is_hung = True
+    world.pass_time(SETTINGS.peer_timeout_s + 0.1)
+    prefill = world.prefills[0]
+    prefill.turn()
+    assert prefill.shm.free_slots == 4
+    other = world.add_decode()
+    handoff = world.handoff(0, 2)
+    prefill.arrive(handoff, "p-other")
+    assert other.arrive(handoff, "d-other")
+    other.step()
+    other.turn()
+    prefill.step("p-other", 3)
+    world.deliver_all()
+    push(world)
+    decode.is_hung = False
+    world.deliver_all()
+    world.calm(100)
+    decode.check_nothing_left()
+
+
+def test_a_slot_that_is_still_being_written_is_not_lent_again(world: World) -> None:
+    """Its D died, the copy into the slot waits for a forward pass; another D's push overtakes it."""
+    start(world, 2)
+    world.deliver_all()
+    prefill = world.prefills[0]
+    prefill.turn()
+    assert prefill.copier.ops
+    world.kill(world.decodes[0])
+    world.tell_deaths()
+    assert prefill.shm.free_slots == 3, "one is being written"
+    world.move_all()
+    prefill.turn()
+    assert prefill.shm.free_slots == 4

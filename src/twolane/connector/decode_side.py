@@ -74,8 +74,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class Read:
-    """A copy from a slot that was begun. Pushes are answered in the order they came: a Credit gives back the slots before
-    it too. So what is thrown away waits for the reads before it."""
+    """A copy from a slot that was begun. Pushes are answered in the order they came, since a Credit gives back the
+    slots before it too: what is thrown away waits for the reads before it."""
 
     incoming: Incoming | None  # None: thrown away
     peer: Peer
@@ -391,9 +391,10 @@ class DecodeSide:
             self._close_if_over(read.incoming)
 
     def _end_read(self, read: Read, incoming: Incoming, now_s: float) -> None:
-        if read.ticket.error:
+        error = read.ticket.error or ("" if read.ticket.is_intact() else "the slot was given to others meanwhile")
+        if error:
             incoming.broken()
-            self._end(incoming, Cause.PROTOCOL, read.ticket.error, now_s)
+            self._end(incoming, Cause.PROTOCOL, error, now_s)
             return
         self._counters.kv_received_bytes += self._size_bytes(read)
         incoming.landed(read.items, now_s)
