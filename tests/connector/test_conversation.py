@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.connector.sim_world import D_ENDS_WITHIN_S, P_ENDS_WITHIN_S, TURN_S, Decode, Handoff, Prefill, Wire, World
 
+logger = logging.getLogger("vllm.twolane")
 IS_LONG = os.environ.get("TWOLANE_CONVERSATION") == "long"
 INDEX = st.integers(0, 7)
 CHANCE = st.sampled_from([True, False, False])  # of what would otherwise end most of what goes on
@@ -23,7 +24,7 @@ CHANCE = st.sampled_from([True, False, False])  # of what would otherwise end mo
 class Conversation(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        logging.getLogger("vllm.twolane").setLevel(logging.CRITICAL)
+        logger.disabled = True  # thousands of warnings
         self.world = World([], 0)
         self.heals = True
         self.for_p: list[Handoff] = []  # legs that are on their way
@@ -225,12 +226,13 @@ class Conversation(RuleBasedStateMachine):
                     prefill.check_nothing_left()
         finally:
             world.close()
+            logger.disabled = False
 
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(
-    max_examples=int(os.environ.get("N", "100")),
-    stateful_step_count=int(os.environ.get("STEPS", "60")),
+    max_examples=20_000 if IS_LONG else 500,
+    stateful_step_count=60,
     deadline=None,
     derandomize=not IS_LONG,
     database=None,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.connector.sim_world import SETTINGS, World
+from twolane.protocol import Ping
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def push(world: World) -> None:
         op.advance(world.now_s)
         op.advance(world.now_s)
     prefill.turn()
+
+
+def deliver(world: World, kind: type, *, to_p: bool) -> None:
+    """The first message of this kind, ahead of what was sent before it."""
+    wire = next(iter(world.wires.values()))
+    queue = wire.to_p if to_p else wire.to_d
+    index = next(index for index, message in enumerate(queue) if isinstance(message, kind))
+    (world.deliver_to_p if to_p else world.deliver_to_d)(wire, index)
 
 
 def test_a_slot_is_not_given_back_past_one_that_is_being_read(world: World) -> None:
@@ -92,3 +101,20 @@ def test_a_slot_that_is_still_being_written_is_not_lent_again(world: World) -> N
     world.move_all()
     prefill.turn()
     assert prefill.shm.free_slots == 4
+
+
+@pytest.mark.parametrize("world", [True], indirect=True)
+def test_an_announce_that_comes_behind_a_ping_is_not_served(world: World) -> None:
+    """P has told D that it knows nothing of the transfer, and D has given its blocks to others."""
+    name = start(world)
+    wire = next(iter(world.wires.values()))
+    world.deliver_to_p(wire)
+    world.pass_time(1.1)
+    world.decodes[0].turn()
+    deliver(world, Ping, to_p=True)
+    while wire.to_d:
+        world.deliver_to_d(wire)
+    decode = world.decodes[0]
+    decode.step()
+    decode.drop(f"d-{name}")
+    world.calm(20)

@@ -10,6 +10,8 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from twolane.connector.agent import logger
 from twolane.connector.peer import Peer
 from twolane.connector.plan import Drop, Receive, StepPlan
@@ -170,7 +172,7 @@ class DecodeSide:
             return
         address = rank_address(drop.prefill_address, self._rank)
         if self._peer(address, now_s) is not None:
-            self._links.send(address, Cancel(drop.transfer_id, drop.reason))
+            self._say(address, Cancel(drop.transfer_id, drop.reason))
 
     # -- the end of a transfer
 
@@ -181,7 +183,7 @@ class DecodeSide:
         if announced_to and incoming.transfer_id in announced_to.transfers and not announced_to.channel.direct:
             incoming.fence()
         if self._peer(incoming.address, now_s) is not None:
-            self._links.send(incoming.address, Cancel(incoming.transfer_id, reason))
+            self._say(incoming.address, Cancel(incoming.transfer_id, reason))
         self._close_if_over(incoming)
 
     def _close_if_over(self, incoming: Incoming) -> None:
@@ -230,7 +232,7 @@ class DecodeSide:
                 return None
             channel = self._transports.open()
             self._peers[address] = Peer(address, channel, now_s, now_s)
-            self._links.send(address, Hello(self._me, self._format, channel.offers))
+            self._say(address, Hello(self._me, self._format, channel.offers))
         return self._peers[address]
 
     def _drop_peer(self, address: str, cause: Cause, reason: str, now_s: float) -> None:
@@ -259,6 +261,11 @@ class DecodeSide:
     def on_peer_death(self, address: str, now_s: float) -> None:
         self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)
 
+    def _say(self, address: str, message: ToPrefill) -> None:
+        peer = self._peers[address]
+        peer.said += 1
+        self._links.send(address, msgspec.structs.replace(message, number=peer.said))
+
     # -- what P workers say
 
     def on_garbage(self, address: str, error: Exception, now_s: float) -> None:
@@ -269,6 +276,10 @@ class DecodeSide:
         peer = self._peers.get(address)
         if peer is None:
             return
+        if message.number:
+            if message.number <= peer.heard:
+                return
+            peer.heard = message.number
         peer.last_word_s = now_s
         match message:
             case Push():
@@ -294,7 +305,7 @@ class DecodeSide:
         except TransferError as error:
             logger.error("no transport to prefill instance %s: %s", peer.address, error)
             for transfer_id in peer.transfers:
-                self._links.send(peer.address, Cancel(transfer_id, str(error)))
+                self._say(peer.address, Cancel(transfer_id, str(error)))
             self._drop_peer(peer.address, Cause.UNREACHABLE, str(error), now_s)
 
     def _on_mismatch(self, peer: Peer, mismatch: Mismatch, now_s: float) -> None:
@@ -374,19 +385,19 @@ class DecodeSide:
             self._close_if_over(incoming)
             return
         if peer.mismatch:
-            self._links.send(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
+            self._say(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
             self._refuse(incoming, peer, now_s)
             return
         incoming.announced(now_s)
         peer.transfers.add(incoming.transfer_id)
-        self._links.send(incoming.address, incoming.announce)
+        self._say(incoming.address, incoming.announce)
         self._trace.note(incoming.transfer_id, "announce_sent")
 
     def _on_read(self, read: Read, now_s: float) -> None:
         if read.incoming is not None:
             self._end_read(read, read.incoming, now_s)
         if read.ticket.slot is not None and self._peers.get(read.peer.address) is read.peer:
-            self._links.send(read.peer.address, Credit(read.ticket.slot))
+            self._say(read.peer.address, Credit(read.ticket.slot))
         if read.incoming is not None:
             self._close_if_over(read.incoming)
 
@@ -424,7 +435,7 @@ class DecodeSide:
                 self._drop_peer(peer.address, Cause.PEER_SILENT, reason, now_s)
             elif ping := peer.ping(now_s, waiting):
                 for message in ping:
-                    self._links.send(peer.address, message)
+                    self._say(peer.address, message)
         for incoming in list(self._open.values()):
             if incoming.overdue(now_s, self._settings.transfer_timeout_s):
                 reason = f"no block came for {self._settings.transfer_timeout_s:g} s"
