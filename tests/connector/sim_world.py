@@ -294,7 +294,7 @@ class Decode(Worker):
             self.steps.append((plan, self.side.fence()))
         blocks = [block for req_id, blocks in self.blocks.items() if req_id not in self.waiting for block in blocks]
         if blocks:
-            self.copier.launch(lambda: [self.memory.fill(block, ("decoded", block, 0)) for block in blocks] and None)
+            self.copier.launch(lambda: self._decode_into(blocks))
         finished = self.side.take_finished()
         for req_id in finished.req_ids:
             handoff = self.waiting.pop(req_id)  # KeyError: reported twice
@@ -303,6 +303,10 @@ class Decode(Worker):
                 self.give_back(self.blocks.pop(req_id))
             else:
                 self._check_contents(handoff, self.blocks[req_id], finished.invalid_block_ids)
+
+    def _decode_into(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.memory.fill(block, ("decoded", block, 0))
 
     def _check_contents(self, handoff: Handoff, blocks: list[int], invalid: set[int]) -> None:
         """What D is about to compute with."""
@@ -460,7 +464,8 @@ class World:
     def calm(self, rounds: int) -> None:
         """Everything goes as it should for a while."""
         for _ in range(rounds):
-            for worker in (*self.prefills, *self.decodes):
+            workers: list[Prefill | Decode] = [*self.prefills, *self.decodes]
+            for worker in workers:
                 if worker.runs:
                     self._go_on(worker)
                     worker.turn()

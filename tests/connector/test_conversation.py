@@ -1,6 +1,7 @@
 """The whole conversation between P and D under every fault there is, in a simulated world (see sim_world.py).
 
-`make test` runs a fixed set of examples; TWOLANE_CONVERSATION=long tries new ones for as long as it takes.
+`make test` runs a fixed set of examples. TWOLANE_CONVERSATION=long tries new ones, many (`make faults`);
+TWOLANE_CONVERSATION=find takes the first failure as it is, for scripts/mutate.py.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import os
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from tests.connector.sim_world import D_ENDS_WITHIN_S, P_ENDS_WITHIN_S, TURN_S, Decode, Handoff, Prefill, Wire, World
 
 logger = logging.getLogger("vllm.twolane")
-IS_LONG = os.environ.get("TWOLANE_CONVERSATION") == "long"
+PROFILE = os.environ.get("TWOLANE_CONVERSATION", "")
+IS_LONG = PROFILE == "long"
 INDEX = st.integers(0, 7)
 CHANCE = st.sampled_from([True, False, False])  # of what would otherwise end most of what goes on
 
@@ -235,6 +237,7 @@ TestConversation.settings = settings(
     stateful_step_count=60,
     deadline=None,
     derandomize=not IS_LONG,
+    phases=[Phase.generate] if PROFILE == "find" else list(Phase),
     database=None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
