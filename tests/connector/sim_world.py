@@ -193,7 +193,7 @@ class Prefill(Worker):
         needed = -(-valid // BLOCK_SIZE) - len(request.blocks)
         if valid == request.num_computed or needed > len(self.free):
             return []
-        new = [self.free.pop(0) for _ in range(needed)]
+        new = [self.free.pop() for _ in range(needed)]
         request.blocks += new
         request.num_computed = valid
         replace, request.is_preempted = request.is_preempted, False
@@ -263,7 +263,7 @@ class Decode(Worker):
         """Whether there was room for it."""
         if handoff.num_blocks > len(self.free):
             return False
-        blocks = self.blocks[req_id] = [self.free.pop(0) for _ in range(handoff.num_blocks)]
+        blocks = self.blocks[req_id] = [self.free.pop() for _ in range(handoff.num_blocks)]
         self.waiting[req_id] = handoff
         self.plan.receive.append(
             Receive(

@@ -108,6 +108,9 @@ class Conversation(RuleBasedStateMachine):
         decode = self.decode(d)
         if decode.runs and decode.blocks:
             decode.drop(list(decode.blocks)[request % len(decode.blocks)])
+            decode.step()
+            decode.turn()
+            decode.step()
 
     # -- how things go on: one rule, since each of these alone comes to nothing
 

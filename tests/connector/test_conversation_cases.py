@@ -118,3 +118,52 @@ def test_an_announce_that_comes_behind_a_ping_is_not_served(world: World) -> Non
     decode.step()
     decode.drop(f"d-{name}")
     world.calm(20)
+
+
+def test_blocks_are_not_announced_while_a_forward_pass_may_still_write_to_them(world: World) -> None:
+    first = start(world)
+    world.calm(10)
+    decode = world.decodes[0]
+    assert f"d-{first}" not in decode.waiting
+    decode.step()  # launches a pass that writes to the first request's blocks
+    decode.drop(f"d-{first}")
+    start(world)
+    world.deliver_all()
+    push(world)
+    world.deliver_all()
+    decode.step()
+    world.calm(10)
+    decode.check_nothing_left()
+
+
+def test_a_d_that_connects_anew_leaves_nothing_of_its_old_connection_on_p(world: World) -> None:
+    """At once: not by a deadline."""
+    start(world)
+    world.deliver_all()
+    push(world)  # a slot is lent
+    prefill, decode = world.prefills[0], world.decodes[0]
+    next(iter(world.wires.values())).to_d.clear()
+    decode.side.on_garbage(prefill.address, ValueError("a broken frame"), world.now_s)
+    start(world)
+    world.deliver_all()
+    assert len(prefill.side._peers) == 1
+    assert prefill.shm.free_slots == 4
+
+
+@pytest.mark.parametrize("world", [True], indirect=True)
+def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
+    name = start(world)
+    world.deliver_all()
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.turn()
+    prefill.copier.ops[0].advance(world.now_s)  # the kernel has looked at the permission
+    decode.drop(f"d-{name}")
+    for _ in range(3):
+        decode.step()
+        decode.turn()
+        world.deliver_all()
+        prefill.turn()
+    assert f"d-{name}" in decode.waiting
+    world.calm(5)
+    assert f"d-{name}" not in decode.waiting
+    decode.check_nothing_left()
