@@ -4,7 +4,7 @@ BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status install lint test matrix soak lock clean
+.PHONY: help up down status install lint test matrix soak faults mutants lock clean
 
 help:  ## Show this
 	@echo "TwoLane: make WORD, where WORD is one of"
@@ -36,6 +36,12 @@ matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table i
 
 soak: install  ## The connector under fire: 2,000 requests, instances killed all the time (22 minutes of load at most)
 	.venv/bin/python -m benchmarks.soak
+
+faults: install  ## New random faults in the simulated conversation between P and D, 20,000 runs of them
+	TWOLANE_CONVERSATION=long .venv/bin/python -m pytest tests/connector/test_conversation.py
+
+mutants: install  ## Break the connector's rules one at a time and see which test notices (docs/RELIABILITY.md)
+	.venv/bin/python scripts/mutate.py
 
 lock:  ## Resolve requirements/*.in into the lock files again
 	$(PYTHON) scripts/lock.py

@@ -15,7 +15,7 @@ import msgspec
 Role = Literal["P", "D"]
 Kind = Literal["twolane", "nixl", "p2pnccl"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 REGISTER_EVERY_S = 3.0
 LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
 SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
@@ -114,6 +114,13 @@ class KVFormat(msgspec.Struct, frozen=True):
         return f"the KV caches don't match ({what}). Start both with the same model and settings."
 
 
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`number` counts what one side says on a connection: what comes late or twice is as good as lost. 0: always
+    heard."""
+
+    number: int = 0
+
+
 # --- control messages, D's worker to P's worker (same rank) -----------------------------------------------------------
 
 
@@ -132,7 +139,7 @@ class TransportOffer(msgspec.Struct, frozen=True):
     data: dict[str, Any] = {}
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First message on a connection: what D is and what it can receive with, best first. P answers Welcome or
     Mismatch."""
 
@@ -141,7 +148,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     transports: list[TransportOffer]
 
 
-class Announce(msgspec.Struct, frozen=True, tag="announce"):
+class Announce(Message, frozen=True, tag="announce"):
     """D has blocks waiting. P writes blocks `first_block ...` of the prompt into `block_ids` in that order.
 
     `num_tokens`: how many tokens of the prompt D needs in all (it computes the rest itself).
@@ -155,20 +162,20 @@ class Announce(msgspec.Struct, frozen=True, tag="announce"):
     digest: bytes
 
 
-class Credit(msgspec.Struct, frozen=True, tag="credit"):
+class Credit(Message, frozen=True, tag="credit"):
     """D is done with a slot: exactly one for every Push, also for one that D threw away."""
 
     slot: int
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """D doesn't want this transfer (any more). P frees its blocks and answers Abort once it writes no more."""
 
     transfer_id: str
     reason: str
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
+class Ping(Message, frozen=True, tag="ping"):
     """D asks for a word. `waiting`: transfers of which D has heard nothing for a while; P answers Abort for those that
     it isn't going to send, so that a lost message is found out within a ping. Then Pong."""
 
@@ -178,27 +185,27 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 # --- control messages, P's worker to D's worker -----------------------------------------------------------------------
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """The handshake is good; this transport it shall be."""
 
     me: Identity
     transport: TransportOffer
 
 
-class Mismatch(msgspec.Struct, frozen=True, tag="mismatch"):
+class Mismatch(Message, frozen=True, tag="mismatch"):
     """The handshake is over, but no KV can move. The connection stays, so that D's Cancels free P's blocks at once."""
 
     me: Identity
     reason: str
 
 
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
+class Refused(Message, frozen=True, tag="refused"):
     """P doesn't understand, or doesn't know who is speaking. D begins anew."""
 
     reason: str
 
 
-class Push(msgspec.Struct, frozen=True, tag="push"):
+class Push(Message, frozen=True, tag="push"):
     """Items [first_item, first_item + num_items) of the transfer lie in `slot`, or in D's blocks if there is none.
 
     An item is one layer of one block; items are numbered block by block in announced order, layers inside a block.
@@ -213,7 +220,7 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
     computed_at_s: float = 0.0
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort"):
+class Abort(Message, frozen=True, tag="abort"):
     """P writes nothing more for this transfer, and nothing is on its way. D recomputes what has not landed.
 
     Also the answer to every Cancel: only now may D's blocks go to others.
@@ -223,7 +230,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     reason: str
 
 
-class Pong(msgspec.Struct, frozen=True, tag="pong"):
+class Pong(Message, frozen=True, tag="pong"):
     pass
 
 

@@ -10,6 +10,8 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from twolane.connector.agent import logger
 from twolane.connector.peer import Peer
 from twolane.connector.plan import Drop, Receive, StepPlan
@@ -74,9 +76,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Read:
-    """A copy from a slot that was begun."""
+    """A copy from a slot that was begun. Pushes are answered in the order they came, since a Credit gives back the
+    slots before it too: what is thrown away waits for the reads before it."""
 
-    incoming: Incoming
+    incoming: Incoming | None  # None: thrown away
     peer: Peer
     items: ItemRange
     ticket: Ticket
@@ -170,7 +173,7 @@ class DecodeSide:
             return
         address = rank_address(drop.prefill_address, self._rank)
         if self._peer(address, now_s) is not None:
-            self._links.send(address, Cancel(drop.transfer_id, drop.reason))
+            self._say(address, Cancel(drop.transfer_id, drop.reason))
 
     # -- the end of a transfer
 
@@ -181,7 +184,7 @@ class DecodeSide:
         if announced_to and incoming.transfer_id in announced_to.transfers and not announced_to.channel.direct:
             incoming.fence()
         if self._peer(incoming.address, now_s) is not None:
-            self._links.send(incoming.address, Cancel(incoming.transfer_id, reason))
+            self._say(incoming.address, Cancel(incoming.transfer_id, reason))
         self._close_if_over(incoming)
 
     def _close_if_over(self, incoming: Incoming) -> None:
@@ -230,7 +233,7 @@ class DecodeSide:
                 return None
             channel = self._transports.open()
             self._peers[address] = Peer(address, channel, now_s, now_s)
-            self._links.send(address, Hello(self._me, self._format, channel.offers))
+            self._say(address, Hello(self._me, self._format, channel.offers))
         return self._peers[address]
 
     def _drop_peer(self, address: str, cause: Cause, reason: str, now_s: float) -> None:
@@ -259,6 +262,11 @@ class DecodeSide:
     def on_peer_death(self, address: str, now_s: float) -> None:
         self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)
 
+    def _say(self, address: str, message: ToPrefill) -> None:
+        peer = self._peers[address]
+        peer.said += 1
+        self._links.send(address, msgspec.structs.replace(message, number=peer.said))
+
     # -- what P workers say
 
     def on_garbage(self, address: str, error: Exception, now_s: float) -> None:
@@ -269,6 +277,10 @@ class DecodeSide:
         peer = self._peers.get(address)
         if peer is None:
             return
+        if message.number:
+            if message.number <= peer.heard:
+                return
+            peer.heard = message.number
         peer.last_word_s = now_s
         match message:
             case Push():
@@ -294,7 +306,7 @@ class DecodeSide:
         except TransferError as error:
             logger.error("no transport to prefill instance %s: %s", peer.address, error)
             for transfer_id in peer.transfers:
-                self._links.send(peer.address, Cancel(transfer_id, str(error)))
+                self._say(peer.address, Cancel(transfer_id, str(error)))
             self._drop_peer(peer.address, Cause.UNREACHABLE, str(error), now_s)
 
     def _on_mismatch(self, peer: Peer, mismatch: Mismatch, now_s: float) -> None:
@@ -325,22 +337,21 @@ class DecodeSide:
 
     def _on_push(self, peer: Peer, push: Push, now_s: float) -> None:
         incoming = self._open.get(push.transfer_id) if push.transfer_id in peer.transfers else None
-        read = None
-        if incoming is not None and incoming.state is IncomingState.WAITING:
-            try:
-                read = self._begin_read(peer, incoming, push)
-            except TransferError as error:
-                # Messages were lost: what else is missing on this connection isn't known.
-                self._drop_peer(peer.address, Cause.PROTOCOL, str(error), now_s)
-                return
-        if read is not None:
-            self._reads.append(read)
+        if incoming is not None and incoming.state is not IncomingState.WAITING:
+            incoming = None
+        try:
+            self._reads.append(self._begin_read(peer, incoming, push))
+        except TransferError as error:
+            # Messages were lost: what else is missing on this connection isn't known.
+            self._drop_peer(peer.address, Cause.PROTOCOL, str(error), now_s)
+        else:
             self.settle(now_s)
-        elif push.slot is not None:
-            self._links.send(peer.address, Credit(push.slot))
 
-    def _begin_read(self, peer: Peer, incoming: Incoming, push: Push) -> Read:
+    @staticmethod
+    def _begin_read(peer: Peer, incoming: Incoming | None, push: Push) -> Read:
         items = ItemRange(push.first_item, push.num_items)
+        if incoming is None:
+            return Read(None, peer, items, Ticket(0, slot=push.slot, done=True), push.computed_at_s)
         targets = incoming.targets(items)
         ticket = Ticket(0, done=True) if push.slot is None else peer.channel.read(push.slot, targets)
         incoming.begun(items)
@@ -359,7 +370,7 @@ class DecodeSide:
                 self._gates.append(gate)
         reads, self._reads = self._reads, []
         for read in reads:
-            if read.ticket.done:
+            if read.ticket.done and not any(before.peer is read.peer for before in self._reads):
                 self._on_read(read, now_s)
             else:
                 self._reads.append(read)
@@ -375,28 +386,30 @@ class DecodeSide:
             self._close_if_over(incoming)
             return
         if peer.mismatch:
-            self._links.send(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
+            self._say(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
             self._refuse(incoming, peer, now_s)
             return
         incoming.announced(now_s)
         peer.transfers.add(incoming.transfer_id)
-        self._links.send(incoming.address, incoming.announce)
+        self._say(incoming.address, incoming.announce)
         self._trace.note(incoming.transfer_id, "announce_sent")
 
     def _on_read(self, read: Read, now_s: float) -> None:
-        if read.ticket.error:
-            read.incoming.broken()
-            self._end(read.incoming, Cause.PROTOCOL, read.ticket.error, now_s)
-        else:
-            self._counters.kv_received_bytes += self._size_bytes(read)
-            read.incoming.landed(read.items, now_s)
-            self._time(read, now_s)
+        if read.incoming is not None:
+            self._end_read(read, read.incoming, now_s)
         if read.ticket.slot is not None and self._peers.get(read.peer.address) is read.peer:
-            self._links.send(read.peer.address, Credit(read.ticket.slot))
-        self._close_if_over(read.incoming)
+            self._say(read.peer.address, Credit(read.ticket.slot))
+        if read.incoming is not None:
+            self._close_if_over(read.incoming)
 
-    def _time(self, read: Read, now_s: float) -> None:
-        incoming = read.incoming
+    def _end_read(self, read: Read, incoming: Incoming, now_s: float) -> None:
+        error = read.ticket.error or ("" if read.ticket.is_intact() else "the slot was given to others meanwhile")
+        if error:
+            incoming.broken()
+            self._end(incoming, Cause.PROTOCOL, error, now_s)
+            return
+        self._counters.kv_received_bytes += self._size_bytes(read)
+        incoming.landed(read.items, now_s)
         if read.items.first == 0:
             self._counters.kv_first_block_seconds.append(now_s - incoming.announced_at_s)
         is_last = incoming.state is IncomingState.LANDED
@@ -422,7 +435,7 @@ class DecodeSide:
                 self._drop_peer(peer.address, Cause.PEER_SILENT, reason, now_s)
             elif ping := peer.ping(now_s, waiting):
                 for message in ping:
-                    self._links.send(peer.address, message)
+                    self._say(peer.address, message)
         for incoming in list(self._open.values()):
             if incoming.overdue(now_s, self._settings.transfer_timeout_s):
                 reason = f"no block came for {self._settings.transfer_timeout_s:g} s"

@@ -20,6 +20,8 @@ class Peer:
     last_word_s: float
     last_ping_s: float
     transfers: set[str] = field(default_factory=set)  # announced to this P and not over
+    heard: int = 0  # number of the last message
+    said: int = 0
     mismatch: str = ""  # why no KV can come from it
     is_same_host: bool = False  # P's CLOCK_MONOTONIC is ours
     revoked_at_s: float = 0.0  # when it can't write any more, once it was dropped

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from twolane.connector.agent import logger
 from twolane.connector.offers import Offers
 from twolane.connector.plan import Advance, Finish, StepPlan
@@ -59,6 +61,8 @@ class DecodePeer:
     channel: SendChannel | None  # None: no KV can go to it
     last_word_s: float
     lent: dict[int, float] = field(default_factory=dict)  # slot -> since when, oldest first
+    heard: int = 0  # number of the last message
+    said: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,10 @@ class PrefillSide:
         if known is None:
             self._links.send(peer, Refused("say hello first: this prefill instance doesn't know you"))
             return
+        if message.number:
+            if message.number <= known.heard:
+                return
+            known.heard = message.number
         known.last_word_s = now_s
         match message:
             case Announce():
@@ -211,7 +219,15 @@ class PrefillSide:
             if lent == slot:
                 break
 
+    def _say(self, peer: bytes, message: ToDecode) -> None:
+        if known := self._peers.get(peer):
+            known.said += 1
+            message = msgspec.structs.replace(message, number=known.said)
+        self._links.send(peer, message)
+
     def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> None:
+        if peer in self._peers:
+            return  # came twice
         for old in [known for known, state in self._peers.items() if state.epoch == hello.me.epoch]:
             self._drop_peer(old, Cause.ABORTED, "the decode worker connected anew")
         try:
@@ -223,13 +239,13 @@ class PrefillSide:
         try:
             if not mismatch:
                 known.channel, chosen = self._transports.open(hello.transports, hello.me.pid, hello.me.host)
-                self._links.send(peer, Welcome(self._me, chosen))
+                self._say(peer, Welcome(self._me, chosen))
                 return
         except TransferError as error:
             mismatch = str(error)
         self._counters.kv_refused_peers += 1
         logger.error("no KV can go to a decode instance: %s", mismatch)
-        self._links.send(peer, Mismatch(self._me, mismatch))
+        self._say(peer, Mismatch(self._me, mismatch))
 
     def _on_announce(self, peer: bytes, announce: Announce, now_s: float) -> None:
         self._trace.note(announce.transfer_id, "announced")
@@ -242,7 +258,7 @@ class PrefillSide:
         elif outgoing is not None:
             self._farewell(outgoing, peer, outgoing.ended or "already sent")
         elif why := self._offers.why_gone(announce.transfer_id):
-            self._links.send(peer, Abort(announce.transfer_id, why))
+            self._say(peer, Abort(announce.transfer_id, why))
         else:
             self._offers.announce_early(announce, peer, now_s)
 
@@ -253,7 +269,7 @@ class PrefillSide:
             self._counters.send_failed(Cause.CANCELLED)
         outgoing = self._offers.cancel(transfer_id, reason, now_s)
         if outgoing is None or outgoing.peer not in (None, peer):
-            self._links.send(peer, Abort(transfer_id, reason))
+            self._say(peer, Abort(transfer_id, reason))
         else:
             self._farewell(outgoing, peer, reason)
 
@@ -261,8 +277,8 @@ class PrefillSide:
         """Messages come in order, so what was sent before this answer has arrived or never will."""
         for transfer_id in waiting:
             if why := self._offers.why_not(transfer_id, peer):
-                self._links.send(peer, Abort(transfer_id, why))
-        self._links.send(peer, Pong())
+                self._say(peer, Abort(transfer_id, why))
+        self._say(peer, Pong())
 
     def on_peer_death(self, peer: bytes) -> None:
         self._drop_peer(peer, Cause.PEER_DIED, "the decode instance died")
@@ -283,7 +299,7 @@ class PrefillSide:
     def tick(self, now_s: float) -> None:
         """Deadlines."""
         for early in self._offers.expire(now_s):
-            self._links.send(early.peer, Abort(early.announce.transfer_id, "the prefill request never arrived"))
+            self._say(early.peer, Abort(early.announce.transfer_id, "the prefill request never arrived"))
         for outgoing in self._offers.all():
             peer = self._peers.get(outgoing.peer) if outgoing.peer else None
             if outgoing.lease_over(now_s, peer.last_word_s if peer else 0.0, self._settings.lease_s):
@@ -332,7 +348,7 @@ class PrefillSide:
             if outgoing.in_flight:
                 self._farewells.append((outgoing, peer, reason))
             elif peer in self._peers:
-                self._links.send(peer, Abort(outgoing.transfer_id, reason))
+                self._say(peer, Abort(outgoing.transfer_id, reason))
 
     def _arrived(self, flight: Flight, now_s: float) -> None:
         outgoing, items, ticket = flight.outgoing, flight.items, flight.ticket
@@ -343,7 +359,7 @@ class PrefillSide:
             self._counters.kv_sent_bytes += ticket.size_bytes
             computed_at_s = ticket.ready_at_s or outgoing.computed_at_s
             push = Push(outgoing.transfer_id, items.first, items.count, ticket.slot, computed_at_s)
-            self._links.send(flight.peer, push)
+            self._say(flight.peer, push)
         was_open = outgoing.ended is None
         outgoing.done()
         if was_open and outgoing.ended == "":

@@ -14,7 +14,7 @@ that was begun is a Ticket; `poll` marks it done. Tickets of one channel become 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from twolane.protocol import TransportOffer
@@ -58,7 +58,9 @@ class Fence:
 class Ticket:
     """A movement of bytes. Until `done`, both the KV memory and the slot belong to the transport.
 
-    `slot`: where D finds the bytes; None if they are in D's blocks already. `error`: why it failed, when `done`.
+    `slot`: where D finds the bytes, a number that is never used again; None if they are in D's blocks already.
+    `error`: why it failed, when `done`. `is_intact`: asked of a read that is done; whether the slot held the same bytes
+    until then. P gives the slots of a D that is gone, or hangs, to others, and D may find that out late.
     `ready_at_s`, `done_at_s`: when the sources were computed and when the bytes had moved, where the transport knows
     better than who polls.
     """
@@ -69,6 +71,7 @@ class Ticket:
     error: str = ""
     ready_at_s: float | None = None
     done_at_s: float | None = None
+    is_intact: Callable[[], bool] = field(default=lambda: True, repr=False)
 
 
 class SendChannel(Protocol):

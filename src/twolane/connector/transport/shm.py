@@ -4,6 +4,10 @@ P owns an arena without a name (memfd): it is gone when the last process that ma
 nothing can be left behind in /dev/shm. D opens it through /proc/PID/fd, which the kernel allows to processes of the
 same user. P copies blocks into a slot, D copies them out and gives the slot back. D alone writes to D's KV memory: a
 transfer that D has dropped can't land in blocks that belong to someone else by then.
+
+A slot goes by the number of its loan, which is never used again and stands in the arena's header while the slot holds
+its bytes. D looks there before it reads and again when it has: P doesn't wait for ever for a D that hangs, and such a D
+may go on where it was when its slot holds somebody else's KV.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import ctypes
 import mmap
 import os
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -22,8 +27,15 @@ from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.copier import Copier
 from twolane.errors import TransferError
 
-_HEADER_BYTES = 4096  # one page, so that slots are page-aligned; holds the nonce
+_HEADER_BYTES = 4096  # one page, so that slots are page-aligned; holds the nonce, then the loan of each slot
 _NONCE_BYTES = 16
+_MAX_SLOTS = (_HEADER_BYTES - _NONCE_BYTES) // 8
+_FIRST_LOANS = 1 << 40  # loans begin at random: those of another arena are never taken for ours
+
+
+def _loan_word(base: int, slot: int) -> ctypes.c_int64:
+    """Where the header says which loan the slot is."""
+    return ctypes.c_int64.from_address(base + _NONCE_BYTES + 8 * slot)
 
 
 class Arena(msgspec.Struct, frozen=True):
@@ -35,8 +47,21 @@ class Arena(msgspec.Struct, frozen=True):
     nonce: bytes
 
 
+@dataclass
+class Slot:
+    """`owner`: which channel holds it. `ticket`: the last copy into it, which may outlive its owner."""
+
+    owner: ShmSendChannel | None = None
+    loan: int = -1
+    ticket: Ticket | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.owner is None and (self.ticket is None or self.ticket.done)
+
+
 class ShmSend:
-    """P's half. Mutable state: `_owner`, which channel holds each slot."""
+    """P's half. Mutable state: `_slots`, and how many loans there were."""
 
     name = "shm"
 
@@ -47,7 +72,9 @@ class ShmSend:
         self._copier = copier
         self._zero = zero
         self._slot_bytes = -(-max(slot_bytes or copier.slot_bytes, layout.max_item_bytes) // page) * page
-        self._owner: list[ShmSendChannel | None] = [None] * num_slots
+        num_slots = min(num_slots, _MAX_SLOTS)
+        self._slots = [Slot() for _ in range(num_slots)]
+        self._num_loans = secrets.randbelow(_FIRST_LOANS)
         self._peer_share = max(1, num_slots // 2)  # one hung D can't take the arena from the others
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._size = _HEADER_BYTES + num_slots * self._slot_bytes
@@ -71,36 +98,38 @@ class ShmSend:
 
     # -- of the channels
 
-    def acquire(self, channel: ShmSendChannel) -> int | None:
-        """A free slot, or None: all taken, or the peer's share is used up."""
-        slot = self.next_slot(channel)
-        if slot is not None:
-            self._owner[slot] = channel
-        return slot
-
     def next_slot(self, channel: ShmSendChannel) -> int | None:
-        if self._owner.count(channel) >= self._peer_share or None not in self._owner:
+        """A free slot, or None: all taken, or the peer's share is used up."""
+        if sum(slot.owner is channel for slot in self._slots) >= self._peer_share:
             return None
-        return self._owner.index(None)
+        return next((index for index, slot in enumerate(self._slots) if slot.is_free), None)
 
-    def release(self, slot: int, channel: ShmSendChannel) -> None:
-        if 0 <= slot < len(self._owner) and self._owner[slot] is channel:
-            self._owner[slot] = None
+    def release(self, loan: int, channel: ShmSendChannel) -> None:
+        for slot in self._slots:
+            if slot.owner is channel and slot.loan == loan:
+                slot.owner = None
 
     def release_all(self, channel: ShmSendChannel) -> None:
-        self._owner = [None if owner is channel else owner for owner in self._owner]
+        for slot in self._slots:
+            if slot.owner is channel:
+                slot.owner = None
 
     @property
     def free_slots(self) -> int:
-        return self._owner.count(None)
+        return sum(slot.is_free for slot in self._slots)
 
     def capacity(self, first_item: int) -> int:
         return self._copier.capacity(self._slot_bytes, first_item)
 
-    def write(self, slot: int, items: Items, fence: Fence) -> Ticket:
-        address = self._base + _HEADER_BYTES + slot * self._slot_bytes
-        ticket = self._copier.gather(address, items, fence)
-        ticket.slot = slot
+    def lend(self, index: int, channel: ShmSendChannel, items: Items, fence: Fence) -> Ticket:
+        """Begins to copy into the slot."""
+        slot = self._slots[index]
+        self._num_loans += 1
+        slot.owner, slot.loan = channel, self._num_loans * len(self._slots) + index
+        _loan_word(self._base, index).value = slot.loan  # before the first byte of it
+        address = self._base + _HEADER_BYTES + index * self._slot_bytes
+        ticket = slot.ticket = self._copier.gather(address, items, fence)
+        ticket.slot = slot.loan
         if self._zero:
             ctypes.memset(address, 0, ticket.size_bytes)
         return ticket
@@ -124,9 +153,9 @@ class ShmSendChannel:
         return 0 if self._arena.next_slot(self) is None else self._arena.capacity(first_item)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
-        slot = self._arena.acquire(self)
+        slot = self._arena.next_slot(self)
         assert slot is not None, "room said so"
-        return self._arena.write(slot, sources, fence)
+        return self._arena.lend(slot, self, sources, fence)
 
     def release(self, slot: int) -> None:
         self._arena.release(slot, self)
@@ -159,7 +188,7 @@ class ShmReceiveHalf:
         self._copier = copier
         self._map: mmap.mmap | None = None
         self._base = 0
-        self._size = 0
+        self._num_slots = 0
         self._slot_bytes = 0
 
     def offer(self) -> dict[str, Any]:
@@ -184,19 +213,23 @@ class ShmReceiveHalf:
         if mapped[:_NONCE_BYTES] != arena.nonce:
             mapped.close()
             raise TransferError(f"{path} is not the prefill worker's arena: its nonce differs")
-        self._map, self._size, self._slot_bytes = mapped, arena.size_bytes, arena.slot_bytes
+        self._map, self._slot_bytes = mapped, arena.slot_bytes
+        self._num_slots = (arena.size_bytes - _HEADER_BYTES) // arena.slot_bytes
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        self._copier.pin(self._base, self._size)
+        self._copier.pin(self._base, arena.size_bytes)
 
     def read(self, slot: int, items: Items) -> Ticket:
-        offset = _HEADER_BYTES + slot * self._slot_bytes
-        if slot < 0 or offset + self._slot_bytes > self._size:
-            raise TransferError(f"slot {slot} lies outside the arena")
+        if not self._is_lent(slot):
+            raise TransferError(f"slot {slot} isn't lent to us (any more)")
         if sum(self._layout.regions[layer].item_bytes for _, layer in items) > self._slot_bytes:
             raise TransferError(f"a push of {items.count} items is larger than its slot")
-        ticket = self._copier.scatter(self._base + offset, items)
-        ticket.slot = slot
+        index = slot % self._num_slots
+        ticket = self._copier.scatter(self._base + _HEADER_BYTES + index * self._slot_bytes, items)
+        ticket.slot, ticket.is_intact = slot, lambda: self._is_lent(slot)
         return ticket
+
+    def _is_lent(self, loan: int) -> bool:
+        return bool(self._num_slots) and _loan_word(self._base, loan % self._num_slots).value == loan
 
     def revoke(self) -> float:
         return 0.0  # only D writes to D's memory
@@ -205,7 +238,7 @@ class ShmReceiveHalf:
         """Unmaps the arena; idempotent. No read may be in flight."""
         if self._map is not None:
             self._copier.unpin(self._base)
-            self._base = 0
+            self._base = self._num_slots = 0
             # from_buffer's export ended with the temporary object, so the map can go at once.
             self._map.close()
             self._map = None

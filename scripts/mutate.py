@@ -1,0 +1,169 @@
+"""Breaks the connector on purpose, one rule at a time, and shows which test notices: `make mutants`.
+
+    python scripts/mutate.py [WORD ...]     only mutants whose name holds one of the words; then nothing is written
+
+Each mutant is a small change of one file, made in a temporary copy of the tree. Exit code 1 if one is not noticed, or
+if its text isn't found any more. The table goes to docs/RELIABILITY.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "RELIABILITY.md"
+BEGIN, END = "<!-- made by `make mutants` -->\n", "<!-- end of what `make mutants` made -->\n"
+COPIED = ("src", "tests", "pyproject.toml")
+STAGES = (  # the next one runs where nobody noticed
+    ("tests/connector/test_transfer.py", "tests/connector/test_conversation_cases.py"),
+    ("tests/connector/test_conversation.py",),
+)
+TIMEOUT_S = 300  # a mutant that makes the tests hang is noticed too
+NOTICED = re.compile(r"^(?:FAILED|ERROR) \S*?(\w+\.py)::([^\s\[]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # under src/twolane/connector
+    old: str
+    new: str
+
+
+P, D, T, SHM = "prefill_side.py", "decode_side.py", "transfer.py", "transport/shm.py"
+MUTANTS = (
+    Mutant("fence: D announces before its forward passes are through", D, "if gate.passed.done:", "if gate:"),
+    Mutant(
+        "fence: D doesn't wait for P's word at the end",
+        T,
+        "self.is_fenced |= self.state is IncomingState.ALLOCATED",
+        "self.is_fenced = True",
+    ),
+    Mutant("fence: P doesn't quiesce at a preemption", P, "self._transports.quiesce()", "pass"),
+    Mutant("fence: a preempted request's blocks are still sent", P, "preempted.retract()", "pass"),
+    Mutant("fence: P answers a Cancel while it still writes", P, "if outgoing.in_flight:", "if not outgoing:"),
+    Mutant(
+        "fence: P gives blocks back while they are read",
+        T,
+        "return self.ended is not None and self.in_flight == 0",
+        "return self.ended is not None",
+    ),
+    Mutant("fence: D gives blocks back while it writes them", T, "and self.is_fenced and self.in_flight == 0", ""),
+    Mutant(
+        "epoch: the old connection of a D stays at its new Hello", P, "if state.epoch == hello.me.epoch", "if not state"
+    ),
+    Mutant("epoch: what comes late or twice is heard", P, "if message.number <= known.heard:", "if not known:"),
+    Mutant("lease: never runs out", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
+    Mutant("lease: runs out at once", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return True"),
+    Mutant("digest: another prompt's KV is taken", T, "if announce.digest != self.digest:", "if not announce:"),
+    Mutant("gap: D doesn't see that a push is missing", T, "push.first != self.next_item or ", ""),
+    Mutant("order: P tells of its pushes in another order", P, "in flights:\n", "in reversed(flights):\n"),
+    Mutant(
+        "order: P sends a block before it is full",
+        T,
+        "self.num_valid_tokens // self.block_size - ",
+        "-(-self.num_valid_tokens // self.block_size) - ",
+    ),
+    Mutant(
+        "landed: D takes a block of which a layer is missing",
+        T,
+        "self.announce.block_ids[self.landed_items // self.items_per_block :]",
+        "self.announce.block_ids[-(-self.landed_items // self.items_per_block) :]",
+    ),
+    Mutant("revoke: D lets P write on", D, "now_s + peer.channel.revoke()", "now_s"),
+    Mutant(
+        "revoke: D doesn't wait for the grace", D, "now_s + peer.channel.revoke()", "now_s + 0 * peer.channel.revoke()"
+    ),
+    Mutant("slots: D doesn't look whether it still has the slot", D, "if read.ticket.is_intact()", "if read"),
+    Mutant(
+        "slots: D gives them back out of order",
+        D,
+        " and not any(before.peer is read.peer for before in self._reads)",
+        "",
+    ),
+    Mutant(
+        "slots: lent again while they are written",
+        SHM,
+        "return self.owner is None and (self.ticket is None or self.ticket.done)",
+        "return self.owner is None",
+    ),
+    Mutant("deadline: P waits for a slot for ever", P, "if peer.lent and now_s", "if not peer and now_s"),
+    Mutant("deadline: D waits for a silent P for ever", "peer.py", "now_s - self.last_word_s > timeout_s", "False"),
+)
+
+
+def apply(mutant: Mutant, tree: Path) -> None:
+    """Exits where the text isn't there exactly once."""
+    path = tree / "src/twolane/connector" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        sys.exit(f"{mutant.name}: {mutant.old!r} is {text.count(mutant.old)} times in {mutant.file}; adapt the mutant")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def failures(tree: Path) -> list[str]:
+    """Names of the tests that failed, from the first stage in which any did."""
+    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "TWOLANE_CONVERSATION": "find"}
+    for stage in STAGES:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=120", *stage]
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return [f"{Path(stage[0]).name}: hangs"]
+        if noticed := [f"{file}: {name.replace('_', ' ')}" for file, name in NOTICED.findall(done.stdout)]:
+            return list(dict.fromkeys(noticed))
+        if done.returncode:
+            sys.exit(f"the tests didn't run:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return []
+
+
+def try_out(mutant: Mutant | None) -> list[str]:
+    """None: the tree as it is."""
+    with tempfile.TemporaryDirectory(prefix="twolane-mutant-") as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tree / name)
+        if mutant is not None:
+            apply(mutant, tree)
+        return failures(tree)
+
+
+def table(noticed: dict[str, list[str]]) -> str:
+    rows = ["| what was broken | which test noticed |", "|---|---|"]
+    for name, tests in noticed.items():
+        more = f", and {len(tests) - 1} more" if len(tests) > 1 else ""
+        rows.append(f"| {name} | {tests[0]}{more} |" if tests else f"| {name} | **none** |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> int:
+    wanted = [one for one in MUTANTS if not sys.argv[1:] or any(word in one.name for word in sys.argv[1:])]
+    if broken := try_out(None):
+        sys.exit(f"the tests fail without a mutant: {broken}")
+    noticed = {}
+    for mutant in wanted:
+        noticed[mutant.name] = try_out(mutant)
+        print(f"{mutant.name}: {', '.join(noticed[mutant.name][:2]) or 'NOT NOTICED'}", flush=True)
+    if not sys.argv[1:]:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(before + BEGIN + table(noticed) + END + rest.partition(END)[2])
+    missed = sum(not tests for tests in noticed.values())
+    print(f"{len(noticed)} mutants, {missed} not noticed")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Faults that once broke something, each as one plain story in the simulated world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.connector.sim_world import SETTINGS, World
+from twolane.protocol import Ping
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """One P, which writes to D's blocks itself if the parameter says so, and one D."""
+    made = World([getattr(request, "param", False)], 1)
+    yield made
+    made.close()
+
+
+def start(world: World, num_tokens: int = 5) -> str:
+    """A handoff whose Announce is on its way to P, and whose prompt P has computed."""
+    handoff = world.handoff(0, num_tokens)
+    world.prefills[0].arrive(handoff, f"p-{handoff.transfer_id}")
+    assert world.decodes[0].arrive(handoff, f"d-{handoff.transfer_id}")
+    world.decodes[0].step()
+    world.decodes[0].turn()
+    world.prefills[0].step(f"p-{handoff.transfer_id}", num_tokens + 1)
+    return handoff.transfer_id
+
+
+def push(world: World) -> None:
+    """P's turn; its copies are through; the Pushes are on their way."""
+    prefill = world.prefills[0]
+    prefill.turn()
+    for op in list(prefill.copier.ops):
+        op.advance(world.now_s)
+        op.advance(world.now_s)
+    prefill.turn()
+
+
+def deliver(world: World, kind: type, *, to_p: bool) -> None:
+    """The first message of this kind, ahead of what was sent before it."""
+    wire = next(iter(world.wires.values()))
+    queue = wire.to_p if to_p else wire.to_d
+    index = next(index for index, message in enumerate(queue) if isinstance(message, kind))
+    (world.deliver_to_p if to_p else world.deliver_to_d)(wire, index)
+
+
+def test_a_slot_is_not_given_back_past_one_that_is_being_read(world: World) -> None:
+    """A Credit gives back the slots before it too; D threw the second push away while it still read the first."""
+    first, second = start(world, 1), start(world, 1)
+    world.deliver_all()
+    push(world)
+    decode = world.decodes[0]
+    decode.drop(f"d-{second}")
+    decode.step()
+    decode.turn()
+    world.deliver_all()  # D begins to read the first slot, and has no use for the second
+    world.deliver_all()
+    assert f"d-{first}" in decode.waiting
+    assert world.prefills[0].shm.free_slots <= 3, "D still reads the first"
+
+
+def test_a_push_that_d_finds_late_is_not_read_out_of_a_slot_of_somebody_else(world: World) -> None:
+    """D hangs until P has given its slots to others; then it goes on where it was."""
+    start(world, 2)
+    world.deliver_all()
+    push(world)
+    decode = world.decodes[0]
+    decode.is_hung = True
+    world.pass_time(SETTINGS.peer_timeout_s + 0.1)
+    prefill = world.prefills[0]
+    prefill.turn()
+    assert prefill.shm.free_slots == 4
+    other = world.add_decode()
+    handoff = world.handoff(0, 2)
+    prefill.arrive(handoff, "p-other")
+    assert other.arrive(handoff, "d-other")
+    other.step()
+    other.turn()
+    prefill.step("p-other", 3)
+    world.deliver_all()
+    push(world)
+    decode.is_hung = False
+    world.deliver_all()
+    world.calm(100)
+    decode.check_nothing_left()
+
+
+def test_a_slot_that_is_still_being_written_is_not_lent_again(world: World) -> None:
+    """Its D died, the copy into the slot waits for a forward pass; another D's push overtakes it."""
+    start(world, 2)
+    world.deliver_all()
+    prefill = world.prefills[0]
+    prefill.turn()
+    assert prefill.copier.ops
+    world.kill(world.decodes[0])
+    world.tell_deaths()
+    assert prefill.shm.free_slots == 3, "one is being written"
+    world.move_all()
+    prefill.turn()
+    assert prefill.shm.free_slots == 4
+
+
+@pytest.mark.parametrize("world", [True], indirect=True)
+def test_an_announce_that_comes_behind_a_ping_is_not_served(world: World) -> None:
+    """P has told D that it knows nothing of the transfer, and D has given its blocks to others."""
+    name = start(world)
+    wire = next(iter(world.wires.values()))
+    world.deliver_to_p(wire)
+    world.pass_time(1.1)
+    world.decodes[0].turn()
+    deliver(world, Ping, to_p=True)
+    while wire.to_d:
+        world.deliver_to_d(wire)
+    decode = world.decodes[0]
+    decode.step()
+    decode.drop(f"d-{name}")
+    world.calm(20)
+
+
+def test_blocks_are_not_announced_while_a_forward_pass_may_still_write_to_them(world: World) -> None:
+    first = start(world)
+    world.calm(10)
+    decode = world.decodes[0]
+    assert f"d-{first}" not in decode.waiting
+    decode.step()  # launches a pass that writes to the first request's blocks
+    decode.drop(f"d-{first}")
+    start(world)
+    world.deliver_all()
+    push(world)
+    world.deliver_all()
+    decode.step()
+    world.calm(10)
+    decode.check_nothing_left()
+
+
+def test_a_d_that_connects_anew_leaves_nothing_of_its_old_connection_on_p(world: World) -> None:
+    """At once: not by a deadline."""
+    start(world)
+    world.deliver_all()
+    push(world)  # a slot is lent
+    prefill, decode = world.prefills[0], world.decodes[0]
+    next(iter(world.wires.values())).to_d.clear()
+    decode.side.on_garbage(prefill.address, ValueError("a broken frame"), world.now_s)
+    start(world)
+    world.deliver_all()
+    assert len(prefill.side._peers) == 1
+    assert prefill.shm.free_slots == 4
+
+
+@pytest.mark.parametrize("world", [True], indirect=True)
+def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
+    name = start(world)
+    world.deliver_all()
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.turn()
+    prefill.copier.ops[0].advance(world.now_s)  # the kernel has looked at the permission
+    decode.drop(f"d-{name}")
+    for _ in range(3):
+        decode.step()
+        decode.turn()
+        world.deliver_all()
+        prefill.turn()
+    assert f"d-{name}" in decode.waiting
+    world.calm(5)
+    assert f"d-{name}" not in decode.waiting
+    decode.check_nothing_left()
