@@ -72,6 +72,7 @@ class ProxySettings:
 
 # --- what the launcher runs with --------------------------------------------------------------------------------------
 
+Transport = Literal["auto", "cuda_ipc", "shm", "nccl"]
 Kv = Literal["twolane", "nixl", "p2pnccl"]
 KV_KINDS: tuple[Kv, ...] = ("twolane", "nixl", "p2pnccl")
 GpuGroups = tuple[tuple[int, ...], ...]  # a group an instance: its GPUs, one a tensor-parallel rank
@@ -98,6 +99,7 @@ class Settings:
     timeout_seconds: float = 600.0  # for a start
     host: str = "127.0.0.1"  # of the proxy; instances are on loopback always
     kv: Kv = "twolane"
+    transport: Transport = "auto"  # of TwoLane's connector
     max_model_len: int | None = None  # None: the model's own, but 8192 at most without a GPU
     vllm_args: tuple[str, ...] = ()  # for every instance
     prefill_args: tuple[str, ...] = ()

@@ -174,3 +174,9 @@ def test_options_with_which_no_kv_could_move_are_refused(changes: dict[str, Any]
 def test_two_ranks_on_the_cpu_are_two_processes() -> None:
     plan = make_plan(Settings(vllm_args=("--tensor-parallel-size", "2")), CPU, MODEL)
     assert [value_after(spec, "--distributed-executor-backend") for spec in plan.instances()] == ["mp", "mp"]
+
+
+def test_a_transport_that_is_asked_for_reaches_both_connectors() -> None:
+    plan = make_plan(Settings(transport="shm"), FOUR_GPUS, MODEL)
+    extras = [kv_config(spec)["kv_connector_extra_config"] for spec in plan.services if spec.role != "proxy"]
+    assert [extra["transport"] for extra in extras] == ["shm", "shm"]

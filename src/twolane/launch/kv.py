@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twolane.config import Kv
+from twolane.config import Kv, Settings
 from twolane.errors import ConfigError
 
 # Where a vLLM that has the connector keeps it, below its package's folder.
@@ -28,8 +28,11 @@ def check_kv(kv: Kv, engine: str, vllm_folder: Path | None) -> None:
         raise ConfigError(f"--kv {kv}: this vLLM has no such connector ({why}): use --kv twolane")
 
 
-def kv_config(kv: Kv, role: str, http_port: int, kv_port: int, discovery: tuple[str, int]) -> dict[str, object]:
+def kv_config(
+    settings: Settings, role: str, http_port: int, kv_port: int, discovery: tuple[str, int]
+) -> dict[str, object]:
     """`--kv-transfer-config` of one instance. `discovery`: host and port at which instances register."""
+    kv = settings.kv
     kv_role = "kv_producer" if role == "prefill" else "kv_consumer"
     address = f"127.0.0.1:{http_port}"
     if kv == "nixl":
@@ -43,6 +46,7 @@ def kv_config(kv: Kv, role: str, http_port: int, kv_port: int, discovery: tuple[
             "kv_buffer_size": "1e9" if role == "prefill" else "8e9",
             "kv_connector_extra_config": extra | {"send_type": "PUT_ASYNC"},
         }
+    extra = {} if settings.transport == "auto" else {"transport": settings.transport}
     return {
         "kv_connector": "TwoLaneConnector",
         "kv_connector_module_path": "twolane.connector",
@@ -53,6 +57,7 @@ def kv_config(kv: Kv, role: str, http_port: int, kv_port: int, discovery: tuple[
             "host": "127.0.0.1",
             "http_address": address,
             "discovery_address": f"{discovery[0]}:{discovery[1]}",
+            **extra,
         },
     }
 

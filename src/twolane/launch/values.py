@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from twolane.config import KV_KINDS, GpuGroups, Policy
+from twolane.config import KV_KINDS, GpuGroups, Policy, Transport
 
 MAX_INSTANCES = 64  # of a role; see plan.py for how ports are counted on
 GPU_LIST = re.compile(r"\d+(\+\d+)*(,\d+(\+\d+)*)*")
@@ -78,6 +78,12 @@ def kv(raw: object) -> str:
     return str(raw)
 
 
+def transport(raw: object) -> str:
+    if raw not in get_args(Transport):
+        raise WrongValueError(f"is none of {', '.join(get_args(Transport))}")
+    return str(raw)
+
+
 def policy(raw: object) -> str:
     if raw not in get_args(Policy):
         raise WrongValueError(f"is none of {', '.join(get_args(Policy))}")
@@ -105,6 +111,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "timeout_seconds": seconds,
     "host": string,
     "kv": kv,
+    "transport": transport,
     "max_model_len": whole(1, 1 << 30),
     "vllm_args": words,
     "prefill_args": words,
