@@ -1,4 +1,4 @@
-"""Both workers of a transfer for tests between two processes: either here, the other in a contract.target.TargetProcess.
+"""Both workers of a transfer, for tests between two processes: one here, the other in a contract.target.TargetProcess.
 
 What a method takes and returns can be pickled. Transfer t is P's request p-t and D's request d-t.
 """
@@ -76,7 +76,9 @@ class PrefillPeer:
 
     def sent_bytes(self) -> int:
         """In all, as D was told."""
-        self._sent_bytes += int(self._prefill.agent.take_counts().get("kv_sent_bytes", 0))  # type: ignore[call-overload]
+        more = self._prefill.agent.take_counts().get("kv_sent_bytes", 0)
+        assert isinstance(more, int)
+        self._sent_bytes += more
         return self._sent_bytes
 
     def check(self) -> None:
@@ -141,7 +143,9 @@ class DecodePeer:
         return time.monotonic() - started_s, invalid
 
     def received_bytes(self) -> int:
-        self._received_bytes += int(self._decode.agent.take_counts().get("kv_received_bytes", 0))  # type: ignore[call-overload]
+        more = self._decode.agent.take_counts().get("kv_received_bytes", 0)
+        assert isinstance(more, int)
+        self._received_bytes += more
         return self._received_bytes
 
     def wait_received(self, num_bytes: int, timeout_s: float = 30.0) -> None:

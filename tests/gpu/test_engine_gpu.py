@@ -8,6 +8,7 @@ same with vLLM for CPUs, over shm: for work on the tests where there is no GPU.
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +123,18 @@ def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
     direct_way = "shm" if ON_CPU else "cuda_ipc"
     direct = one_stack(tmp_path_factory.mktemp("direct"), transport=direct_way)
     decode = direct.spec("decode")
-    shm = with_decode(one_stack(tmp_path_factory.mktemp("shm"), transport="shm"), decode)
+    shm = direct if ON_CPU else with_decode(one_stack(tmp_path_factory.mktemp("shm"), transport="shm"), decode)
     zero = with_decode(one_stack(tmp_path_factory.mktemp("zero"), transport=direct_way, fault="zero_kv"), decode)
-    stacks, started_s = [direct, shm, zero], time.monotonic()
+    stacks, started_s = [direct, zero] if ON_CPU else [direct, shm, zero], time.monotonic()
     try:
         direct.launch(direct.spec("prefill"), decode)
-        shm.launch(shm.spec("prefill"))
-        zero.launch(zero.spec("prefill"))
+        for stack in stacks[1:]:
+            stack.launch(stack.spec("prefill"))
         for stack in stacks:
             stack.wait_ready(stack.spec("prefill"))
-            wait_for("D at each proxy", lambda at=stack: is_registered(at.plan.proxy_address, decode), 240)
+            wait_for("D at each proxy", partial(is_registered, stack.plan.proxy_address, decode), 240)
         sys.stdout.write("\n" + json.dumps({"started_s": round(time.monotonic() - started_s, 1)}) + "\n")
-        yield Lanes(*stacks)
+        yield Lanes(direct, shm, zero)
     finally:
         for stack in reversed(stacks):
             stack.stop()
@@ -212,7 +214,7 @@ class Stream:
 
     def longest_gap_s(self, since_s: float, until_s: float) -> float:
         times = [at_s for at_s in self.at_s if since_s <= at_s <= until_s]
-        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)
 
 
 def used_gpu_mib() -> int:
@@ -220,7 +222,7 @@ def used_gpu_mib() -> int:
     if ON_CPU:
         return 0
     free_bytes, total_bytes = torch.cuda.mem_get_info(0)
-    return (total_bytes - free_bytes) >> 20
+    return int(total_bytes - free_bytes) >> 20
 
 
 def assert_no_cuda_error(instance: Instance) -> None:
@@ -318,7 +320,11 @@ def test_300_requests_of_which_a_fifth_leave(request: pytest.FixtureRequest, lan
                 for stream, (prompt, leave_after_s) in zip(streams, work, strict=True)
             ]:
                 done.result()
-        stayed = [(stream, prompt) for stream, (prompt, leave_after_s) in zip(streams, work, strict=True) if leave_after_s is None]
+        stayed = [
+            (stream, prompt)
+            for stream, (prompt, leave_after_s) in zip(streams, work, strict=True)
+            if leave_after_s is None
+        ]
         assert all(len(stream.tokens) == NUM_TOKENS for stream, _ in stayed)
         sample = stayed[::10]
         wrong, _ = judge(
