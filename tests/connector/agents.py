@@ -28,12 +28,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def kv_memory(*, fill: bool) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shape = (NUM_BLOCKS, 2, BLOCK_SIZE, 8)
-    return {
-        f"layer.{i}": torch.randn(*shape, generator=generator) if fill else torch.zeros(*shape) for i in range(LAYERS)
-    }
+@dataclass(frozen=True)
+class Memory:
+    """What a worker's KV looks like. `width`: floats a token and half. Filled, it is the same in every process."""
+
+    device: str = "cpu"
+    num_blocks: int = NUM_BLOCKS
+    layers: int = LAYERS
+    width: int = 8
+
+    def make(self, *, fill: bool) -> dict[str, torch.Tensor]:
+        generator = torch.Generator(self.device).manual_seed(3)
+        shape = (self.num_blocks, 2, BLOCK_SIZE, self.width)
+        return {
+            f"layer.{i}": torch.randn(*shape, generator=generator, device=self.device)
+            if fill
+            else torch.zeros(*shape, device=self.device)
+            for i in range(self.layers)
+        }
+
+
+DEFAULT_MEMORY = Memory()
 
 
 def facts(settings: ConnectorSettings, *, is_prefill: bool, port: int, **changes: Any) -> WorkerFacts:
@@ -98,16 +113,20 @@ class Decode:
         return invalid
 
 
-def start_prefill(settings: ConnectorSettings, port: int = 0, **changes: Any) -> Prefill:
-    port, kv = port or free_port(), kv_memory(fill=True)
-    agent = make_prefill_agent(facts(settings, is_prefill=True, port=port, **changes), kv)
+def start_prefill(
+    settings: ConnectorSettings, port: int = 0, *, memory: Memory = DEFAULT_MEMORY, **changes: Any
+) -> Prefill:
+    port, kv = port or free_port(), memory.make(fill=True)
+    made = facts(settings, is_prefill=True, port=port, num_blocks=memory.num_blocks, **changes)
+    agent = make_prefill_agent(made, kv)
     agent.start()
     return Prefill(agent, f"127.0.0.1:{port}", kv)
 
 
-def start_decode(settings: ConnectorSettings, **changes: Any) -> Decode:
-    kv = kv_memory(fill=False)
-    agent = make_decode_agent(facts(settings, is_prefill=False, port=free_port(), **changes), kv)
+def start_decode(settings: ConnectorSettings, *, memory: Memory = DEFAULT_MEMORY, **changes: Any) -> Decode:
+    kv = memory.make(fill=False)
+    made = facts(settings, is_prefill=False, port=free_port(), num_blocks=memory.num_blocks, **changes)
+    agent = make_decode_agent(made, kv)
     agent.start()
     return Decode(agent, kv)
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_kv_that_does_not_match_is_refused_and_named_once(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    changes: dict[str, object],
+    changes: dict[str, Any],
 ) -> None:
     """Once on each side, however many requests come; and P's blocks don't wait for their lease."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)

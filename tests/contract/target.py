@@ -1,11 +1,15 @@
-"""D's end of a transport in a process of its own: CUDA maps no memory of the process that made it."""
+"""The other end in a process of its own: CUDA maps no memory of the process that made it. Here: a transport's D."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import select
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -111,9 +115,9 @@ class Session:
         self._channels, self._receivers, self._kv = [], None, {}
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, make: Callable[[], object]) -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
-    session = Session()
+    session = make()
     while True:
         call = pipe.recv()
         if call is None:
@@ -125,33 +129,74 @@ def _serve(pipe: Connection) -> None:
             pipe.send((None, error))
 
 
-class TargetProcess:
-    """The test's side: every call goes to the child's Session."""
+class Death:
+    """When a process that was killed is gone: before that CUDA takes its memory apart. Nobody can know of it sooner."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int) -> None:
+        self.began_s = time.monotonic()
+        self.gone_s = 0.0
+        self._pidfd = os.pidfd_open(pid)
+        self._thread = threading.Thread(target=self._wait)
+        self._thread.start()
+
+    def _wait(self) -> None:
+        select.select([self._pidfd], [], [], 30)
+        self.gone_s = time.monotonic()
+        os.close(self._pidfd)
+
+    def wait(self) -> float:
+        """When it was gone, on the monotonic clock."""
+        self._thread.join()
+        return self.gone_s
+
+
+class TargetProcess:
+    """The test's side: every call goes to what the child made, a Session if nothing else is said."""
+
+    def __init__(self, make: Callable[[], object] = Session) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         self._process.start()
         theirs.close()
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any) -> Any:
-            self._pipe.send((name, args))
-            assert self._pipe.poll(60), f"{name} hangs"
-            result, error = self._pipe.recv()
-            if error is not None:
-                raise error
-            return result
+            self.begin(name, *args)
+            return self.result(name)
 
         return call
 
-    def kill(self) -> None:
+    def begin(self, name: str, *args: Any) -> None:
+        """A call whose `result` is asked for later: several children can work at once."""
+        self._pipe.send((name, args))
+
+    def result(self, name: str) -> Any:
+        assert self._pipe.poll(60), f"{name} hangs"
+        result, error = self._pipe.recv()
+        if error is not None:
+            raise error
+        return result
+
+    def signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> Death:
+        """Returns at once. `stop` does the rest."""
+        assert self._process.pid is not None
+        death = Death(self._process.pid)
         self._process.kill()
-        self._process.join()
+        return death
 
     def stop(self) -> None:
-        self._pipe.send(None)
+        """Idempotent. Nothing of the child stays in this process."""
+        if self._pipe.closed:
+            return
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
         self._process.join(10)
         self._process.kill()
+        self._process.join()
+        self._process.close()
         self._pipe.close()

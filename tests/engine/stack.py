@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import msgspec
 from rich.console import Console
 
@@ -158,6 +157,11 @@ class Stack:
 
     def start(self, *specs: ServiceSpec) -> None:
         """Starts the proxy (once) and instances side by side; returns when all are ready."""
+        self.launch(*specs)
+        for spec in specs:
+            self.wait_ready(spec)
+
+    def launch(self, *specs: ServiceSpec) -> None:
         if self.proxy is None:
             self.proxy = Child(self.spec("proxy"), {})
         for spec in specs:
@@ -165,8 +169,6 @@ class Stack:
             self.folders.append(sockets)
             env = {"TMPDIR": str(sockets), "VLLM_RPC_BASE_PATH": str(sockets)}
             self.instances[spec.name] = Instance(spec, Child(spec, env))
-        for spec in specs:
-            self.wait_ready(spec)
 
     def wait_ready(self, spec: ServiceSpec) -> None:
         child = self.instances[spec.name].child
@@ -210,11 +212,18 @@ def completion_body(stack: Stack, prompt: object, max_tokens: int, **more: objec
 
 def complete(url: str, body: dict[str, Any], timeout_s: float = 180.0) -> list[int]:
     """Token ids of one greedy completion."""
-    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=timeout_s)
-    assert answer.status_code == 200, answer.text
-    token_ids = answer.json()["choices"][0]["token_ids"]
+    token_ids = complete_choice(url, body, timeout_s)["token_ids"]
     assert len(token_ids) == body["max_tokens"]
     return [int(token) for token in token_ids]
+
+
+def complete_choice(url: str, body: dict[str, Any], timeout_s: float = 180.0) -> dict[str, Any]:
+    """The first choice of one completion, as vLLM gives it."""
+    status, answer = request(url.removeprefix("http://"), "POST", "/v1/completions", body, timeout_s)
+    assert status == 200, answer.decode()
+    choice = json.loads(answer)["choices"][0]
+    assert isinstance(choice, dict)
+    return choice
 
 
 def wait_for(what: str, condition: Callable[[], bool], timeout_s: float) -> float:
@@ -224,7 +233,7 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float) -> floa
         try:
             if condition():
                 return time.monotonic() - started_s
-        except (OSError, http.client.HTTPException, httpx.TransportError):
+        except (OSError, http.client.HTTPException):
             pass
         assert time.monotonic() - started_s < timeout_s, f"waited {timeout_s:g} s in vain: {what}"
         time.sleep(0.02)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.engine.conftest import make_prompts
 from tests.engine.stack import BLOCK_SIZE, Instance, Stack, complete, completion_body, free_ports, wait_for
+from twolane.launch.probes import get_json
 from twolane.launch.process import Child
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -167,7 +168,7 @@ def test_a_second_proxy_with_static_lists_serves_the_same_instances(
     proxy = Child(msgspec.structs.replace(spec, argv=argv, http_port=http_port, log=log), {})
     try:
         url = f"http://127.0.0.1:{http_port}"
-        wait_for("both lanes", lambda: httpx.get(f"{url}/health").json()["status"] == "ok", 10)
+        wait_for("both lanes", lambda: (get_json(f"127.0.0.1:{http_port}", "/health") or {}).get("status") == "ok", 10)
         (prompt,) = make_prompts(seed=9 if kind == "twolane" else 10, lengths=[300])
         body = completion_body(stack, prompt, 12)
         computed = decode.tokens_by_source()["local_compute"]
