@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -36,11 +35,10 @@ from tests.engine.stack import (
     wait_for,
     with_extra,
 )
+from tests.gpu.switches import MODEL, ON_CPU
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.probes import is_registered
 
-ON_CPU = bool(os.environ.get("TWOLANE_TEST_CPU"))
-MODEL = os.environ.get("TWOLANE_GPU_MODEL", "")
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.timeout(600),
@@ -349,7 +347,7 @@ def test_300_requests_of_which_a_fifth_leave(request: pytest.FixtureRequest, lan
         gpu_mib=(before_mib, after_mib),
     )
     assert not wrong
-    assert after_mib - before_mib < 32
+    assert after_mib - before_mib < 64, "GPU memory: a quarter of a MiB a request"
     for instance in both:
         assert_no_cuda_error(instance)
 
