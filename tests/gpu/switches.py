@@ -1,4 +1,4 @@
-"""What the environment says to these tests. Taken out of it: TwoLane's own processes would call it a slip of the pen."""
+"""What the environment says to these tests. Taken out of it: TwoLane would call it a slip of the pen."""
 
 from __future__ import annotations
 
