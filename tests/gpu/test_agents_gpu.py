@@ -22,6 +22,7 @@ import torch
 from tests.connector.agents import BLOCK_SIZE, Memory
 from tests.contract.target import Death, TargetProcess, footprint
 from tests.gpu.peers import DecodePeer, PrefillPeer, flood_ids
+from tests.gpu.switches import ON_CPU
 from twolane.connector.agent import logger
 from twolane.connector.settings import ConnectorSettings
 
@@ -65,7 +66,7 @@ def ways() -> list[object]:
         pytest.param(Way("cuda_ipc", first, second, num_kills=10), marks=two, id="two-gpus-cuda_ipc"),
         pytest.param(Way("nccl", first, second, num_kills=10), marks=two, id="two-gpus-nccl"),
     ]
-    if os.environ.get("TWOLANE_TEST_CPU"):
+    if ON_CPU:
         made.append(pytest.param(Way("shm", memory_on("cpu"), memory_on("cpu"), num_kills=4, wave=2), id="cpu-shm"))
     return made
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -36,11 +35,10 @@ from tests.engine.stack import (
     wait_for,
     with_extra,
 )
+from tests.gpu.switches import MODEL, ON_CPU
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.probes import is_registered
 
-ON_CPU = bool(os.environ.get("TWOLANE_TEST_CPU"))
-MODEL = os.environ.get("TWOLANE_GPU_MODEL", "")
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.timeout(600),
@@ -63,6 +61,7 @@ ON_GPU = (
 TRUE_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}  # Triton multiplies float32 as TF32 otherwise
 GIVEN_UP = 0.2  # of the requests
 STALL_S = 1.0
+LEASE_S = 40.0  # and some: P's lease, for a request that D never asked for
 
 
 def report(request: pytest.FixtureRequest, **figures: object) -> None:
@@ -334,10 +333,10 @@ def test_300_requests_of_which_a_fifth_leave(request: pytest.FixtureRequest, lan
 
     both = [lanes.prefill, lanes.decode]
     some(60, seed=6)  # warms up
-    wait_for("all blocks back", lambda: all_free(both), 5.0)
+    wait_for("all blocks back", lambda: all_free(both), LEASE_S)
     before_mib, started_s = used_gpu_mib(), time.monotonic()
     complete, wrong = some(300, seed=7)
-    seconds = wait_for("all blocks back", lambda: all_free(both), 5.0)
+    seconds = wait_for("all blocks back", lambda: all_free(both), LEASE_S)
     after_mib = used_gpu_mib()
     report(
         request,
@@ -349,7 +348,7 @@ def test_300_requests_of_which_a_fifth_leave(request: pytest.FixtureRequest, lan
         gpu_mib=(before_mib, after_mib),
     )
     assert not wrong
-    assert after_mib - before_mib < 32
+    assert after_mib - before_mib < 64, "GPU memory: a quarter of a MiB a request"
     for instance in both:
         assert_no_cuda_error(instance)
 
@@ -381,7 +380,7 @@ def test_p_killed_in_mid_prefill_while_d_decodes(request: pytest.FixtureRequest,
     wrong, ties = judge(answers, [ask_d_alone(lanes, prompt, 8) for prompt in long_prompts])
     wanted = [ask_d_alone(lanes, prompt, num_tokens) for prompt in stream_prompts]
     wrong_streams, stream_ties = judge([Answer(stream.tokens) for stream in streams], wanted)
-    failures = lanes.decode.metrics().get('twolane_kv_receive_failures_total{cause="peer_died"}', 0.0)
+    failures = {key: value for key, value in lanes.decode.metrics().items() if "kv_receive_failures" in key and value}
     blocks_back_s = wait_for("all blocks back", lambda: all_free([lanes.decode]), 5.0)
     report(
         request,
@@ -399,7 +398,7 @@ def test_p_killed_in_mid_prefill_while_d_decodes(request: pytest.FixtureRequest,
     assert not wrong
     assert not wrong_streams
     assert still == num_streams, "the streams ended before the kill"
-    assert failures >= 1
+    assert failures
     assert during < STALL_S
     assert_no_cuda_error(lanes.decode)
     (prompt,) = make_prompts(10, [500])
