@@ -169,3 +169,15 @@ def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
     world.calm(5)
     assert f"d-{name}" not in decode.waiting
     decode.check_nothing_left()
+
+
+def test_what_was_computed_before_a_preemption_is_not_sent_after_it(world: World) -> None:
+    name = start(world)
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.step(preempt=f"p-{name}")
+    world.deliver_all()
+    push(world)
+    assert prefill.shm.free_slots == 4, "the blocks are others' by now"
+    world.calm(10)
+    assert f"d-{name}" not in decode.waiting
+    assert decode.side.take_counters().kv_received_transfers == 1
