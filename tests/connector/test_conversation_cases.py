@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.connector.sim_transport import GRACE_S
 from tests.connector.sim_world import SETTINGS, World
 from twolane.protocol import Ping
 
@@ -181,3 +182,28 @@ def test_what_was_computed_before_a_preemption_is_not_sent_after_it(world: World
     world.calm(10)
     assert f"d-{name}" not in decode.waiting
     assert decode.side.take_counters().kv_received_transfers == 1
+
+
+@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: World, has_begun: bool) -> None:
+    """Its copy begins after D has revoked the permission, or ends after that."""
+    name = start(world)
+    world.deliver_all()
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.turn()
+    prefill.is_hung = True
+    world.pass_time(SETTINGS.peer_timeout_s + 0.1)
+    if has_begun:
+        prefill.copier.ops[0].advance(world.now_s)
+    decode.turn()
+    decode.step()
+    assert f"d-{name}" in decode.waiting, "within the grace"
+    world.pass_time(GRACE_S + 0.01)
+    for _ in range(2):
+        decode.turn()
+        decode.step()
+    assert f"d-{name}" not in decode.waiting
+    decode.drop(f"d-{name}")
+    world.move_all()
+    decode.check_nothing_left()
