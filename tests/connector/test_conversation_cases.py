@@ -63,12 +63,16 @@ def test_a_slot_is_not_given_back_past_one_that_is_being_read(world: World) -> N
     assert world.prefills[0].shm.free_slots <= 3, "D still reads the first"
 
 
-def test_a_push_that_d_finds_late_is_not_read_out_of_a_slot_of_somebody_else(world: World) -> None:
-    """D hangs until P has given its slots to others; then it goes on where it was."""
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_push_that_d_finds_late_is_not_read_out_of_a_slot_of_somebody_else(world: World, is_reading: bool) -> None:
+    """D hangs until P has given its slots to others; then it goes on where it was, its copy begun or not."""
     start(world, 2)
     world.deliver_all()
     push(world)
     decode = world.decodes[0]
+    if is_reading:
+        world.deliver_all()
+        assert decode.copier.ops
     decode.is_hung = True
     world.pass_time(SETTINGS.peer_timeout_s + 0.1)
     prefill = world.prefills[0]
