@@ -37,7 +37,7 @@ matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table i
 soak: install  ## The connector under fire: 2,000 requests, instances killed all the time (22 minutes of load at most)
 	.venv/bin/python -m benchmarks.soak
 
-faults: install  ## New random faults in the simulated conversation between P and D, 20,000 runs of them
+faults: install  ## New random faults in the simulated conversation between P and D, 5,000 runs of them
 	TWOLANE_CONVERSATION=long .venv/bin/python -m pytest tests/connector/test_conversation.py
 
 mutants: install  ## Break the connector's rules one at a time and see which test notices (docs/RELIABILITY.md)

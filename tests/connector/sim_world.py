@@ -292,9 +292,9 @@ class Decode(Worker):
         plan, self.plan = self.plan, StepPlan()
         if plan.receive or plan.drop:
             self.steps.append((plan, self.side.fence()))
-        blocks = [block for req_id, blocks in self.blocks.items() if req_id not in self.waiting for block in blocks]
-        if blocks:
-            self.copier.launch(lambda: self._decode_into(blocks))
+        running = [(req_id, blocks) for req_id, blocks in self.blocks.items() if req_id not in self.waiting]
+        if running:
+            self.copier.launch(lambda: self._decode_into(running))
         finished = self.side.take_finished()
         for req_id in finished.req_ids:
             handoff = self.waiting.pop(req_id)  # KeyError: reported twice
@@ -304,9 +304,14 @@ class Decode(Worker):
             else:
                 self._check_contents(handoff, self.blocks[req_id], finished.invalid_block_ids)
 
-    def _decode_into(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self.memory.fill(block, ("decoded", block, 0))
+    def _decode_into(self, running: list[tuple[str, list[int]]]) -> None:
+        """A pass that was launched for these requests; by now their blocks may be others'."""
+        for req_id, blocks in running:
+            for block in blocks:
+                prompts = {self.memory.items.get((block, layer), NOTHING)[0] for layer in range(LAYERS)}
+                landed = [name for name in self.blocks if name != req_id and name.removeprefix("d-") in prompts]
+                assert not landed, f"a forward pass overwrites what has landed for {landed} in block {block}"
+                self.memory.fill(block, ("decoded", block, 0))
 
     def _check_contents(self, handoff: Handoff, blocks: list[int], invalid: set[int]) -> None:
         """What D is about to compute with."""

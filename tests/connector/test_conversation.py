@@ -236,7 +236,7 @@ class Conversation(RuleBasedStateMachine):
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(
-    max_examples=20_000 if IS_LONG else 500,
+    max_examples=5_000 if IS_LONG else 500,
     stateful_step_count=60,
     deadline=None,
     derandomize=not IS_LONG,

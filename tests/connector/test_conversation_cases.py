@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.connector.sim_transport import GRACE_S
 from tests.connector.sim_world import SETTINGS, World
 from twolane.protocol import Ping
 
@@ -62,12 +63,16 @@ def test_a_slot_is_not_given_back_past_one_that_is_being_read(world: World) -> N
     assert world.prefills[0].shm.free_slots <= 3, "D still reads the first"
 
 
-def test_a_push_that_d_finds_late_is_not_read_out_of_a_slot_of_somebody_else(world: World) -> None:
-    """D hangs until P has given its slots to others; then it goes on where it was."""
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_push_that_d_finds_late_is_not_read_out_of_a_slot_of_somebody_else(world: World, is_reading: bool) -> None:
+    """D hangs until P has given its slots to others; then it goes on where it was, its copy begun or not."""
     start(world, 2)
     world.deliver_all()
     push(world)
     decode = world.decodes[0]
+    if is_reading:
+        world.deliver_all()
+        assert decode.copier.ops
     decode.is_hung = True
     world.pass_time(SETTINGS.peer_timeout_s + 0.1)
     prefill = world.prefills[0]
@@ -131,7 +136,9 @@ def test_blocks_are_not_announced_while_a_forward_pass_may_still_write_to_them(w
     world.deliver_all()
     push(world)
     world.deliver_all()
-    decode.step()
+    for op in decode.copier.ops[1:]:  # the pass is slow
+        op.advance(world.now_s)
+        op.advance(world.now_s)
     world.calm(10)
     decode.check_nothing_left()
 
@@ -166,4 +173,41 @@ def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
     assert f"d-{name}" in decode.waiting
     world.calm(5)
     assert f"d-{name}" not in decode.waiting
+    decode.check_nothing_left()
+
+
+def test_what_was_computed_before_a_preemption_is_not_sent_after_it(world: World) -> None:
+    name = start(world)
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.step(preempt=f"p-{name}")
+    world.deliver_all()
+    push(world)
+    assert prefill.shm.free_slots == 4, "the blocks are others' by now"
+    world.calm(10)
+    assert f"d-{name}" not in decode.waiting
+    assert decode.side.take_counters().kv_received_transfers == 1
+
+
+@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: World, has_begun: bool) -> None:
+    """Its copy begins after D has revoked the permission, or ends after that."""
+    name = start(world)
+    world.deliver_all()
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.turn()
+    prefill.is_hung = True
+    world.pass_time(SETTINGS.peer_timeout_s + 0.1)
+    if has_begun:
+        prefill.copier.ops[0].advance(world.now_s)
+    decode.turn()
+    decode.step()
+    assert f"d-{name}" in decode.waiting, "within the grace"
+    world.pass_time(GRACE_S + 0.01)
+    for _ in range(2):
+        decode.turn()
+        decode.step()
+    assert f"d-{name}" not in decode.waiting
+    decode.drop(f"d-{name}")
+    world.move_all()
     decode.check_nothing_left()

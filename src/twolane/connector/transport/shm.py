@@ -25,7 +25,7 @@ from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.copier import Copier
-from twolane.errors import TransferError
+from twolane.errors import ConfigError, TransferError
 
 _HEADER_BYTES = 4096  # one page, so that slots are page-aligned; holds the nonce, then the loan of each slot
 _NONCE_BYTES = 16
@@ -72,7 +72,8 @@ class ShmSend:
         self._copier = copier
         self._zero = zero
         self._slot_bytes = -(-max(slot_bytes or copier.slot_bytes, layout.max_item_bytes) // page) * page
-        num_slots = min(num_slots, _MAX_SLOTS)
+        if num_slots > _MAX_SLOTS:
+            raise ConfigError(f"num_slots {num_slots}: at most {_MAX_SLOTS} can be. Raise slot_bytes instead.")
         self._slots = [Slot() for _ in range(num_slots)]
         self._num_loans = secrets.randbelow(_FIRST_LOANS)
         self._peer_share = max(1, num_slots // 2)  # one hung D can't take the arena from the others
