@@ -32,7 +32,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     discovery_address: str = ""
     registration_secret_file: str = ""
     lease_s: float = 30.0
-    peer_timeout_s: float = 10.0
+    peer_timeout_s: float = 20.0
     transfer_timeout_s: float = 300.0
     transport: Literal["auto", "cuda_ipc", "shm", "nccl"] = "auto"
     slot_bytes: int = 0

@@ -35,7 +35,12 @@ def refuse_unsupported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> No
 def _check_kind(spec: Any) -> None:
     """Only where every block of a prompt is kept until the request ends can P send it, and D cache it."""
     kinds = {kind.__name__ for kind in type(spec).__mro__}  # its own and those that it is a kind of
-    if "FullAttentionSpec" in kinds:  # MLA is one, and sliding windows beside full attention are made into one
+    if "MLAAttentionSpec" in kinds:
+        raise ConfigError(
+            "this model keeps latent vectors (MLA) in place of keys and values, and TwoLaneConnector has not been shown "
+            "to move them right: serve it without lanes."
+        )
+    if "FullAttentionSpec" in kinds:  # sliding windows beside full attention are made into one
         return
     if "SlidingWindowSpec" in kinds:
         raise ConfigError(

@@ -7,6 +7,7 @@ same number and scatters. Both post in the order of the Push messages. When eith
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -106,7 +107,7 @@ class Pair:
                 then(stream)
         except (NcclError, RuntimeError) as error:
             self.error = str(error)
-            logger.error("nccl: %s", error)
+            logger.log(logging.DEBUG if self._ending.is_set() else logging.ERROR, "nccl: %s", error)
         finally:
             self.error = self.error or "closed"
             if communicator is not None:
