@@ -37,8 +37,8 @@ def _check_kind(spec: Any) -> None:
     kinds = {kind.__name__ for kind in type(spec).__mro__}  # its own and those that it is a kind of
     if "MLAAttentionSpec" in kinds:
         raise ConfigError(
-            "this model keeps latent vectors (MLA) in place of keys and values, and TwoLaneConnector has not been shown "
-            "to move them right: serve it without lanes."
+            "this model keeps latent vectors (MLA) in place of keys and values, which TwoLaneConnector has not been "
+            "shown to move right: serve it without lanes."
         )
     if "FullAttentionSpec" in kinds:  # sliding windows beside full attention are made into one
         return
