@@ -123,10 +123,12 @@ def _faults(phases: Sequence[dict[str, Any]]) -> str:
         "prefill: vllm:num_preemptions_total": "of these on a P",
         "decode: vllm:num_preemptions_total": "of these on a D",
         "twolane_kv_received_transfers_total": "transfers landed",
-        "twolane_kv_receive_failures_total": "transfers that failed on D",
         "twolane_kv_recomputed_tokens_total": "tokens that D computed for that",
         "twolane_kv_leases_expired_total": "leases run out",
     }
+    failed = "twolane_kv_receive_failures_total{cause="
+    causes = sorted({name for phase in phases for name in phase["counters"] if name.startswith(failed)})
+    names |= {name: f"transfers that failed on D: {name[len(failed) :].strip(chr(34) + '}')}" for name in causes}
     rows |= {text: [phase["counters"].get(name) for phase in phases] for name, text in names.items()}
     rows["looks at D that found requests waiting for blocks"] = [phase["looks_waiting_for_blocks"] for phase in phases]
     return _per_phase(phases, rows)

@@ -15,7 +15,7 @@ WAITING_FOR_BLOCKS = 'vllm:num_requests_waiting_by_reason{reason="capacity"}'
 
 
 def metrics(address: str) -> dict[str, float]:
-    """Every sample of /metrics, by name and label `reason`; empty if the instance doesn't answer."""
+    """Every sample of /metrics, by name and the labels that tell several of one name apart; empty if the instance doesn't answer."""
     try:
         status, body = request(address, "GET", "/metrics")
     except (OSError, http.client.HTTPException):
@@ -31,12 +31,21 @@ def metrics(address: str) -> dict[str, float]:
 
 def _short(key: str) -> str:
     name, _, labels = key.partition("{")
-    kept = [part for part in labels.rstrip("}").split(",") if part.partition("=")[0] in {"reason", "num_gpu_blocks"}]
+    kept = [
+        part
+        for part in labels.rstrip("}").split(",")
+        if part.partition("=")[0] in {"reason", "cause", "num_gpu_blocks"}
+    ]
     return f"{name}{{{','.join(kept)}}}" if kept else name
 
 
 def counters(samples: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in samples.items() if name.startswith(COUNTERS) and name.endswith("_total")}
+    names = {name: name.partition("{")[0] for name in samples}
+    return {
+        name: value
+        for name, value in samples.items()
+        if name.startswith(COUNTERS) and names[name].endswith("_total") and (value or "{" not in name)
+    }
 
 
 def num_blocks(samples: dict[str, float]) -> int:
