@@ -11,11 +11,12 @@ from benchmarks.soak.judge import Footprint
 from twolane.launch.probes import request
 
 COUNTERS = ("vllm:num_preemptions_total", "twolane_")
+LABELS = {"reason", "cause", "num_gpu_blocks"}  # which tell several samples of one name apart
 WAITING_FOR_BLOCKS = 'vllm:num_requests_waiting_by_reason{reason="capacity"}'
 
 
 def metrics(address: str) -> dict[str, float]:
-    """Every sample of /metrics, by name and the labels that tell several of one name apart; empty if the instance doesn't answer."""
+    """Every sample of /metrics, by name and LABELS; empty if the instance doesn't answer."""
     try:
         status, body = request(address, "GET", "/metrics")
     except (OSError, http.client.HTTPException):
@@ -31,11 +32,7 @@ def metrics(address: str) -> dict[str, float]:
 
 def _short(key: str) -> str:
     name, _, labels = key.partition("{")
-    kept = [
-        part
-        for part in labels.rstrip("}").split(",")
-        if part.partition("=")[0] in {"reason", "cause", "num_gpu_blocks"}
-    ]
+    kept = [part for part in labels.rstrip("}").split(",") if part.partition("=")[0] in LABELS]
     return f"{name}{{{','.join(kept)}}}" if kept else name
 
 
