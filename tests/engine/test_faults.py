@@ -26,6 +26,8 @@ from twolane.protocol import split_address
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 LONG = 3000  # tokens: seconds of prefill, six chunks
+# The proxy loses P's leg and takes D's back, or D sees P's death itself: whoever is first.
+NOTICED_BY = ("peer_died", "cancelled")
 
 
 def prefilling(prefill: Instance) -> bool:
@@ -103,7 +105,8 @@ def test_the_only_p_killed_in_mid_prefill_and_d_computes_alone(
         got = answer.result()
     assert got == complete(single_url, body)
     assert decode.tokens_by_source()["local_compute"] - computed > 1, "D computed what P didn't send"
-    assert decode.metrics()['twolane_kv_receive_failures_total{cause="peer_died"}'] >= 1
+    failed = [decode.metrics()[f'twolane_kv_receive_failures_total{{cause="{cause}"}}'] for cause in NOTICED_BY]
+    assert sum(failed) >= 1
     wait_for("all blocks back", lambda: all_free([decode]), 5)
     health = httpx.get(f"{stack.url}/health")
     assert (health.status_code, health.json()["status"]) == (200, "degraded")
