@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "epoch: the old connection of a D stays at its new Hello", P, "if state.epoch == hello.me.epoch", "if not state"
     ),
-    Mutant("epoch: what comes late or twice is heard", P, "if message.number <= known.heard:", "if not known:"),
+    Mutant("epoch: what comes late or twice is heard", "numbering.py", "message.number > self.heard", "True"),
     Mutant("lease: never runs out", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
     Mutant("lease: runs out at once", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return True"),
     Mutant("digest: another prompt's KV is taken", T, "if announce.digest != self.digest:", "if not announce:"),

@@ -16,6 +16,7 @@ from twolane.connector.prefill_agent import PrefillAgent
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.worker import WorkerFacts, make_decode_agent, make_prefill_agent
 
+SETTINGS = ConnectorSettings(slot_bytes=4096, num_slots=4, lease_s=1.0, peer_timeout_s=1.0, transfer_timeout_s=2.0)
 NUM_BLOCKS = 32
 BLOCK_SIZE = 4
 LAYERS = 3

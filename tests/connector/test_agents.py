@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,26 +15,9 @@ import torch
 import zmq
 
 from tests.connector import agents
-from tests.connector.agents import Decode, Prefill, start_decode, start_prefill
+from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
 from twolane.connector.plan import Drop, StepPlan
-from twolane.connector.settings import ConnectorSettings
 from twolane.protocol import Cancel, Credit, Pong, encode, split_address
-
-SETTINGS = ConnectorSettings(slot_bytes=4096, num_slots=4, lease_s=1.0, peer_timeout_s=1.0, transfer_timeout_s=2.0)
-
-
-@pytest.fixture
-def prefill() -> Iterator[Prefill]:
-    made = start_prefill(SETTINGS)
-    yield made
-    made.agent.stop()
-
-
-@pytest.fixture
-def decode() -> Iterator[Decode]:
-    made = start_decode(SETTINGS)
-    yield made
-    made.agent.stop()
 
 
 def assert_equal_blocks(prefill: Prefill, decode: Decode, pairs: list[tuple[int, int]]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from tests.connector import agents
-from tests.connector.agents import Decode, Prefill, start_decode, start_prefill
-from tests.connector.test_agents import SETTINGS, assert_equal_blocks
+from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
+from tests.connector.test_agents import assert_equal_blocks
 
 NUM_TRANSFERS = 40
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import msgspec
@@ -12,8 +11,7 @@ import prometheus_client
 import pytest
 
 from tests.connector import agents
-from tests.connector.agents import Decode, Prefill, start_decode, start_prefill
-from tests.connector.test_agents import SETTINGS
+from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.stats import BUCKETS, BY_CAUSE, HELP, Cause, Counters, Counts, add_up, summary
 from twolane.protocol import Identity
@@ -23,20 +21,6 @@ with warnings.catch_warnings():
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
     from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
-
-
-@pytest.fixture
-def prefill() -> Iterator[Prefill]:
-    made = start_prefill(SETTINGS)
-    yield made
-    made.agent.stop()
-
-
-@pytest.fixture
-def decode() -> Iterator[Decode]:
-    made = start_decode(SETTINGS)
-    yield made
-    made.agent.stop()
 
 
 @pytest.fixture

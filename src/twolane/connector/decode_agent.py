@@ -56,9 +56,10 @@ class DecodeAgent(Agent):
         self.wake()
 
     def end_step(self) -> None:
-        """After a forward pass was launched."""
-        with self.lock:
-            self._side.end_step()
+        """After a forward pass was launched. Takes the lock only behind a step that took up a transfer."""
+        if self._side.is_stepping:
+            with self.lock:
+                self._side.end_step()
 
     def take_finished(self, *, patient: bool) -> Finished:
         """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for."""

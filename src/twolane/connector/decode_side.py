@@ -10,8 +10,6 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
-
 from twolane.connector.agent import logger
 from twolane.connector.peer import Peer
 from twolane.connector.plan import Drop, Receive, StepPlan
@@ -144,6 +142,11 @@ class DecodeSide:
         self._stepping, self._landed = self._stepping + self._landed, []
         return finished
 
+    @property
+    def is_stepping(self) -> bool:
+        """`end_step` has something to note. Filled and emptied by the engine's thread alone: needs no lock."""
+        return bool(self._stepping)
+
     def end_step(self) -> None:
         """A forward pass was launched: for the benchmarks' trace alone."""
         for transfer_id in self._stepping:
@@ -263,9 +266,7 @@ class DecodeSide:
         self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)
 
     def _say(self, address: str, message: ToPrefill) -> None:
-        peer = self._peers[address]
-        peer.said += 1
-        self._links.send(address, msgspec.structs.replace(message, number=peer.said))
+        self._links.send(address, self._peers[address].numbering.stamp(message))
 
     # -- what P workers say
 
@@ -275,12 +276,8 @@ class DecodeSide:
 
     def on_message(self, address: str, message: ToDecode, now_s: float) -> None:
         peer = self._peers.get(address)
-        if peer is None:
+        if peer is None or not peer.numbering.is_news(message):
             return
-        if message.number:
-            if message.number <= peer.heard:
-                return
-            peer.heard = message.number
         peer.last_word_s = now_s
         match message:
             case Push():
@@ -315,15 +312,15 @@ class DecodeSide:
         self._counters.kv_refused_peers += 1
         logger.error("no KV can come from %s", peer.mismatch)
         for transfer_id in list(peer.transfers):
-            self._refuse(self._open[transfer_id], peer, now_s)
+            self._fail_fenced(self._open[transfer_id], Cause.MISMATCH, peer.mismatch, now_s)
         try:
             self._links.watch(peer.address, mismatch.me.pid, mismatch.me.host)
         except ProcessLookupError:
             self._drop_peer(peer.address, Cause.PEER_DIED, f"prefill instance {peer.address} died", now_s)
 
-    def _refuse(self, incoming: Incoming, peer: Peer, now_s: float) -> None:
-        """P has no way to write."""
-        incoming.fail(Cause.MISMATCH, peer.mismatch, now_s)
+    def _fail_fenced(self, incoming: Incoming, cause: Cause, reason: str, now_s: float) -> None:
+        """P has no way to write (any more)."""
+        incoming.fail(cause, reason, now_s)
         incoming.fence()
         self._close_if_over(incoming)
 
@@ -331,9 +328,7 @@ class DecodeSide:
         incoming = self._open.get(transfer_id) if transfer_id in peer.transfers else None
         if incoming is None:
             return
-        incoming.fail(Cause.ABORTED, f"prefill instance: {reason}", now_s)
-        incoming.fence()
-        self._close_if_over(incoming)
+        self._fail_fenced(incoming, Cause.ABORTED, f"prefill instance: {reason}", now_s)
 
     def _on_push(self, peer: Peer, push: Push, now_s: float) -> None:
         incoming = self._open.get(push.transfer_id) if push.transfer_id in peer.transfers else None
@@ -387,7 +382,7 @@ class DecodeSide:
             return
         if peer.mismatch:
             self._say(incoming.address, Cancel(incoming.transfer_id, "the KV caches don't match"))
-            self._refuse(incoming, peer, now_s)
+            self._fail_fenced(incoming, Cause.MISMATCH, peer.mismatch, now_s)
             return
         incoming.announced(now_s)
         peer.transfers.add(incoming.transfer_id)

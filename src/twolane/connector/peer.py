@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from twolane.connector.numbering import Numbering
 from twolane.connector.transfer import Incoming, IncomingState
 from twolane.connector.transport.base import ReceiveChannel
 from twolane.protocol import Cancel, Ping, ToPrefill
@@ -20,8 +21,7 @@ class Peer:
     last_word_s: float
     last_ping_s: float
     transfers: set[str] = field(default_factory=set)  # announced to this P and not over
-    heard: int = 0  # number of the last message
-    said: int = 0
+    numbering: Numbering = field(default_factory=Numbering)
     mismatch: str = ""  # why no KV can come from it
     is_same_host: bool = False  # P's CLOCK_MONOTONIC is ours
     revoked_at_s: float = 0.0  # when it can't write any more, once it was dropped

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import msgspec
-
 from twolane.connector.agent import logger
+from twolane.connector.numbering import Numbering
 from twolane.connector.offers import Offers
 from twolane.connector.plan import Advance, Finish, StepPlan
 from twolane.connector.settings import ConnectorSettings
@@ -61,8 +60,7 @@ class DecodePeer:
     channel: SendChannel | None  # None: no KV can go to it
     last_word_s: float
     lent: dict[int, float] = field(default_factory=dict)  # slot -> since when, oldest first
-    heard: int = 0  # number of the last message
-    said: int = 0
+    numbering: Numbering = field(default_factory=Numbering)
 
 
 @dataclass(frozen=True)
@@ -193,10 +191,8 @@ class PrefillSide:
         if known is None:
             self._links.send(peer, Refused("say hello first: this prefill instance doesn't know you"))
             return
-        if message.number:
-            if message.number <= known.heard:
-                return
-            known.heard = message.number
+        if not known.numbering.is_news(message):
+            return
         known.last_word_s = now_s
         match message:
             case Announce():
@@ -221,8 +217,7 @@ class PrefillSide:
 
     def _say(self, peer: bytes, message: ToDecode) -> None:
         if known := self._peers.get(peer):
-            known.said += 1
-            message = msgspec.structs.replace(message, number=known.said)
+            message = known.numbering.stamp(message)
         self._links.send(peer, message)
 
     def _on_hello(self, peer: bytes, hello: Hello, now_s: float) -> None:

@@ -44,7 +44,6 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._num_exchanges = 0
-        self._began_at = 0.0
         self._reset()
 
     def _reset(self) -> None:
@@ -60,7 +59,6 @@ class UpstreamConnection(asyncio.Protocol):
     def begin(self, exchange: Exchange, request: bytes) -> None:
         self._exchange = exchange
         self._num_exchanges += 1
-        self._began_at = monotonic()
         if self._transport is not None:
             self._transport.write(request)
         else:  # it ended between being made and being used; told later, like every other failure

@@ -52,13 +52,15 @@ class Staging:
         """Raises TransferError where there is no memory for it."""
         planes = copier.planes.planes
         self.block_bytes = sum(plane.size_bytes for plane in planes)
-        size_bytes = blocks_per_slot * self.block_bytes
+        self.slot_bytes = blocks_per_slot * self.block_bytes
         try:
-            self.buffers = [torch.empty(size_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots)]
+            self.buffers = [
+                torch.empty(self.slot_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots)
+            ]
         except torch.cuda.OutOfMemoryError as error:
             raise TransferError(
-                f"no {num_slots * size_bytes // _MIB} MiB of GPU memory for staging: lower gpu_memory_utilization, "
-                "slot_bytes or num_slots"
+                f"no {num_slots * self.slot_bytes // _MIB} MiB of GPU memory for staging: lower "
+                "gpu_memory_utilization, slot_bytes or num_slots"
             ) from error
         self.tables = [PlaneTable(dense_planes(planes, buffer.data_ptr()), copier.device) for buffer in self.buffers]
 
@@ -156,13 +158,9 @@ class NcclSendChannel:
         self._pair = Pair(meeting.id, 0, copier.device)
 
     def room(self, first_item: int) -> int:
-        if self._pair.error:
-            return self._capacity(first_item)  # so that `push` can say it
-        return self._capacity(first_item) if self._pair.is_joined and self._free else 0
-
-    def _capacity(self, first_item: int) -> int:
-        num_layers = self._copier.num_layers
-        return self._meeting.blocks_per_slot * num_layers - first_item % num_layers
+        if not self._pair.error and not (self._pair.is_joined and self._free):  # an error is for `push` to say
+            return 0
+        return self._copier.capacity(self._staging.slot_bytes, first_item)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
         if self._pair.error:
