@@ -48,6 +48,8 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
     signature: str = ""  # see `sign_registration`
     load: Load | None = None  # None: not known
+    name: str = ""  # what people call it, such as decode-2; empty: it has none
+    gpus: list[str] = []  # UUIDs, one a tensor-parallel rank; empty: none, or not known
 
 
 class HandoffParams(msgspec.Struct, frozen=True):

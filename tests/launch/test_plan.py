@@ -58,6 +58,7 @@ def test_kv_transfer_config_of_both_roles() -> None:
         "kv_connector_extra_config": {
             "host": "127.0.0.1",
             "http_address": "127.0.0.1:20003",
+            "name": "prefill",
             "discovery_address": "127.0.0.1:30001",
         },
     }

@@ -15,6 +15,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     `host`: address the control socket binds, and by which the other side reaches it.
     `http_address`: this instance's own HTTP server, for the registration; empty: don't register.
+    `name`: what people call this instance, such as decode-2; empty: its address does.
     `discovery_address`: the proxy's ZMQ socket; empty: don't register.
     `registration_secret_file`: the secret to sign registrations with, where the proxy demands one.
     `lease_s`: how long P keeps the blocks of a finished request without a word from D.
@@ -29,6 +30,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     host: str = "127.0.0.1"
     http_address: str = ""
+    name: str = ""
     discovery_address: str = ""
     registration_secret_file: str = ""
     lease_s: float = 30.0

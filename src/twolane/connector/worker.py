@@ -59,6 +59,7 @@ def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[b
         zmq_address=facts.rank_0_address,
         kind="twolane",
         epoch=epoch,
+        name=settings.name,
     )
     secret = read_secret(settings.registration_secret_file) if settings.registration_secret_file else ""
     return Registrar(context, settings.discovery_address, me, secret)

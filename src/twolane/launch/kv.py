@@ -29,7 +29,7 @@ def check_kv(kv: Kv, engine: str, vllm_folder: Path | None) -> None:
 
 
 def kv_config(
-    settings: Settings, role: str, http_port: int, kv_port: int, discovery: tuple[str, int]
+    settings: Settings, role: str, name: str, http_port: int, kv_port: int, discovery: tuple[str, int]
 ) -> dict[str, object]:
     """`--kv-transfer-config` of one instance. `discovery`: host and port at which instances register."""
     kv = settings.kv
@@ -56,6 +56,7 @@ def kv_config(
         "kv_connector_extra_config": {
             "host": "127.0.0.1",
             "http_address": address,
+            "name": name,
             "discovery_address": f"{discovery[0]}:{discovery[1]}",
             **extra,
         },

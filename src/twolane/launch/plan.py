@@ -167,7 +167,7 @@ def _instance(
     discovery = ("127.0.0.1", settings.proxy_port)  # on loopback, whatever the proxy's host
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
     argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
-    argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, http_port, kv_port, discovery))]
+    argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, discovery))]
     if len(gpus[index]) > 1:
         argv += ["--tensor-parallel-size", str(len(gpus[index]))]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]

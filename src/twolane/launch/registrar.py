@@ -21,7 +21,12 @@ class Registrar:
     def __init__(self, spec: ServiceSpec, discovery_address: str) -> None:
         address = f"{spec.host}:{spec.kv_port}"
         self._me = Registration(
-            type=TYPES[spec.role], http_address=spec.address, zmq_address=address, kind="nixl", epoch=uuid.uuid4().hex
+            type=TYPES[spec.role],
+            http_address=spec.address,
+            zmq_address=address,
+            kind="nixl",
+            epoch=uuid.uuid4().hex,
+            name=spec.name,
         )
         self._next_s = 0.0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)

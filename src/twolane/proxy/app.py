@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic
 
 from twolane import __version__
@@ -23,6 +23,7 @@ from twolane.proxy.body import SplitBody, parse_body
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
 from twolane.proxy.kinds import HANDOVERS
+from twolane.proxy.pages import Page, Pages
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
 from twolane.proxy.request_reader import Request
@@ -60,24 +61,33 @@ class App:
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
-        self._own: dict[str, Callable[[Responder], None]] = {"/health": self._health, "/stats": self._report}
+        # Load balancers ask for /health without a key.
+        self._pages = Pages([Page("/health", self._health, is_public=True), Page("/stats", self._report)])
 
     async def handle(self, request: Request, responder: Responder) -> None:
         record = RequestRecord(request.path, _request_id(request), monotonic())
+        found = None if record.route in HANDOFF_PATHS else self._pages.find(record.route)
         try:
+            if found is not None:
+                await self._own(request, responder, *found)
+                return
             job = self._job(request, record)
         except BadRequestError as error:
-            known = self._allowed(record.route) and not isinstance(error, UnauthorizedError)
-            record.route = record.route if known else "unknown"
+            known = (found or self._allowed(record.route)) and not isinstance(error, UnauthorizedError)
+            record.route = "unknown" if not known else found[0].path if found else record.route
             reject(error, responder, record, self._stats)
-            return
-        if job is None:
-            self._own[record.route](responder)
             return
         if self.draining:
             responder.keep_alive = False
             raise NoInstanceError("the proxy is shutting down")
         await self._serve(job, responder, record)
+
+    async def _own(self, request: Request, responder: Responder, page: Page, rest: str) -> None:
+        if not page.is_public:
+            self._gatekeeper.check(request.headers)
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowedError(request.method, request.path, ("GET", "HEAD"))
+        await page.answer(request, responder, rest)
 
     async def _serve(self, job: Job, responder: Responder, record: RequestRecord) -> None:
         handoff = Handoff(job, responder, record, self._upstreams, self._stats)
@@ -95,18 +105,15 @@ class App:
         finally:
             self._admission.leave()
 
-    def _job(self, request: Request, record: RequestRecord) -> Job | None:
-        """None for what the proxy answers itself. Raises BadRequestError for what can't be passed on."""
+    def _job(self, request: Request, record: RequestRecord) -> Job:
+        """Raises BadRequestError for what can't be passed on."""
         path = record.route
-        if path != "/health":  # which tells nothing, and which load balancers ask without a key
-            self._gatekeeper.check(request.headers)
+        self._gatekeeper.check(request.headers)
         allowed = self._allowed(path)
         if not allowed:
             raise NotFoundError(f"there is no {path} here; known are {', '.join(self._paths())}")
         if request.method not in allowed:
             raise MethodNotAllowedError(request.method, path, allowed)
-        if path in self._own:
-            return None
         method = "GET" if request.method == "HEAD" else request.method
         headers = self._passed_on(request)
         if path not in HANDOFF_PATHS:
@@ -127,15 +134,15 @@ class App:
     def _allowed(self, path: str) -> tuple[str, ...]:
         if path in HANDOFF_PATHS or path in ALONE_PATHS:
             return ("POST",)
-        method = "GET" if path in self._own else RELAYED.get(path)
+        method = RELAYED.get(path)
         if method is None:
             return ()
         return ("GET", "HEAD") if method == "GET" else (method,)
 
     def _paths(self) -> list[str]:
-        return sorted((*HANDOFF_PATHS, *ALONE_PATHS, *RELAYED, *self._own))
+        return sorted((*HANDOFF_PATHS, *ALONE_PATHS, *RELAYED, *self._pages.paths))
 
-    def _health(self, responder: Responder) -> None:
+    async def _health(self, _request: Request, responder: Responder, _rest: str) -> None:
         prefills, decodes = self._upstreams.pool.ready("P"), self._upstreams.pool.ready("D")
         status, reason = judge_health(prefills, decodes, self.draining)
         code = 200 if status in ("ok", "degraded") else 503
@@ -143,7 +150,7 @@ class App:
         answer = {"status": status, "reason": reason, "prefill": len(prefills), "decode": len(decodes)}
         responder.send_json(code, answer, headers)
 
-    def _report(self, responder: Responder) -> None:
+    async def _report(self, _request: Request, responder: Responder, _rest: str) -> None:
         now = monotonic()
         instances = [instance_dict(instance, now) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}

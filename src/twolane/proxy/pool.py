@@ -50,6 +50,8 @@ class Instance:
     since: float  # when it came into `state`
     registered_at: float  # the last word from it
     probe_at: float  # when the next probe is due, unless it leaves
+    name: str = ""  # what people call it; the address where it has none
+    gpus: Sequence[str] = ()  # UUIDs, as far as it said
     is_static: bool = False  # given by a flag: never expires
     probing: bool = False
     num_hung_probes: int = 0  # in a row
@@ -140,6 +142,8 @@ class Pool:
                 self._add(registration, now)
             return
         instance.problem = registration.problem
+        instance.name = registration.name or registration.http_address
+        instance.gpus = registration.gpus
         instance.registered_at = now
         instance.told(registration.load, now)
         instance.control_address = registration.zmq_address
@@ -163,6 +167,8 @@ class Pool:
             since=now,
             registered_at=now,
             probe_at=now,
+            name=registration.name or registration.http_address,
+            gpus=registration.gpus,
             is_static=is_static,
             problem=registration.problem,
         )

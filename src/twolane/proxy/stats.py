@@ -127,10 +127,12 @@ def log_request(record: RequestRecord) -> None:
 
 def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
     return {
+        "name": instance.name,
         "role": instance.role,
         "address": instance.address,
         "control_address": instance.control_address,
         "kind": instance.kind,
+        "gpus": instance.gpus,
         "state": instance.state.value,
         "state_since_s": round(now - instance.since, 3),
         "reason": instance.reason or None,
