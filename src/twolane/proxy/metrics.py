@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from twolane import __version__
 from twolane.errors import RETRY_CAUSES
+from twolane.protocol import Role
 from twolane.proxy.admission import Admission
 from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.engines import Engines
@@ -146,18 +147,20 @@ class InstanceCollector(Collector):
         for field, label, help_text in _ENGINE_COUNTERS_BY_LABEL:
             yield _counter(f"engine_{field}", help_text, (*_OF_INSTANCE, label), self._values_by_label(field))
 
-    def _told(self) -> list[tuple[Instance, EngineNumbers]]:
-        latest = ((instance, self._engines.latest(instance)) for instance in self._pool)
+    def _told(self, field: str = "") -> list[tuple[Instance, EngineNumbers]]:
+        role = _ROLE_OF.get(field.removeprefix("kv_").partition("_")[0])
+        asked = (instance for instance in self._pool if role in (None, instance.role))
+        latest = ((instance, self._engines.latest(instance)) for instance in asked)
         return [(instance, numbers) for instance, numbers in latest if numbers is not None]
 
     def _values(self, field: str) -> Iterator[tuple[tuple[str, ...], float]]:
-        for instance, numbers in self._told():
+        for instance, numbers in self._told(field):
             value = getattr(numbers, field)
             if value is not None:
                 yield _labels(instance), value
 
     def _values_by_label(self, field: str) -> Iterator[tuple[tuple[str, ...], float]]:
-        for instance, numbers in self._told():
+        for instance, numbers in self._told(field):
             for label, value in (getattr(numbers, field) or {}).items():
                 yield (*_labels(instance), label), value
 
@@ -188,6 +191,15 @@ _ENGINE_COUNTERS_BY_LABEL = (
     ("kv_send_failures", "cause", "Transfers that P didn't send to the end."),
     ("kv_receive_failures", "cause", "Transfers that D didn't receive to the end."),
 )
+# A connector exports zeros for what only the other lane does.
+_ROLE_OF: dict[str, Role] = {
+    "sent": "P",
+    "send": "P",
+    "leases": "P",
+    "received": "D",
+    "receive": "D",
+    "recomputed": "D",
+}
 
 
 def _labels(instance: Instance) -> tuple[str, ...]:
