@@ -151,6 +151,17 @@ def states(page: Scrape, lane: str) -> dict[str, float]:
     return {s.labels["state"]: s.value for s in found}
 
 
+async def test_that_nobody_is_left_can_be_seen() -> None:
+    async with cluster(1, 1, registration_expiry_s=0.5) as c:
+        for _ in range(500):
+            page = await scrape(c)
+            if not page.values("instance_state"):
+                break
+            await asyncio.sleep(0.02)
+        assert set(page.values("instances")) == {0}
+        assert len(page.values("instances")) == 8
+
+
 async def test_an_instances_state_is_one_of_four_and_changes() -> None:
     async with cluster() as c:
         ready = {"starting": 0, "ready": 1, "ejected": 0, "leaving": 0}
@@ -161,6 +172,8 @@ async def test_an_instances_state_is_one_of_four_and_changes() -> None:
         page = await scrape(c)
         assert states(page, "decode") == ready | {"ready": 0, "ejected": 1}
         assert states(page, "prefill") == ready
+        assert page.value("instances", lane="prefill", state="ready") == 1
+        assert page.value("instances", lane="decode", state="ejected") == 1
         assert page.value("instance_connection_failures_total", lane="decode") >= 1
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import subprocess
+from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +84,16 @@ async def test_all_that_the_dashboard_asks_for_exists() -> None:
                 assert set(node.modifier.labels) <= known, f"{title}: grouped by a label that isn't there"
         assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= known, f"{title}: its legend names no label"
     assert num_asked > 40
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+async def test_promtool_finds_nothing_to_complain_about() -> None:
+    page = (await full_scrape()).text
+    promtool = await asyncio.create_subprocess_exec(
+        "promtool", "check", "metrics", stdin=PIPE, stdout=PIPE, stderr=STDOUT
+    )
+    complaints, _ = await promtool.communicate(page.encode())
+    assert (promtool.returncode, complaints) == (0, b"")
 
 
 async def test_values_that_the_dashboard_selects_by_exist() -> None:

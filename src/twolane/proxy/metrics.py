@@ -7,7 +7,8 @@ routes, outcomes, causes, instances; never anything of a request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from time import monotonic, time
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
@@ -66,10 +67,9 @@ class RequestCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats, admission = self._stats, self._admission
-        build = GaugeMetricFamily("twolane_proxy_build_info", "1; the version is in the label.", labels=("version",))
-        build.add_metric((__version__,), 1)
-        yield build
-        yield _gauge("start_time_seconds", "When the proxy started, in seconds since 1970.", self._started_at)
+        yield _gauge("build_info", "1; the version is in the label.", ("version",), [((__version__,), 1)])
+        help_text = "When the proxy started, in seconds since 1970."
+        yield _gauge("start_time_seconds", help_text, (), [((), self._started_at)])
         requests = self._zeros | stats.requests
         help_text = "Requests that have ended, by path and by how."
         yield _counter("requests", help_text, ("route", "outcome"), requests.items())
@@ -81,8 +81,8 @@ class RequestCollector(Collector):
         yield _counter("decode_alone", help_text, ("reason",), (((why,), n) for why, n in stats.alone.items()))
         help_text = "Registrations that were refused: unreadable, unsigned, or from where none may come."
         yield _counter("registrations_refused", help_text, (), [((), stats.num_registrations_refused)])
-        yield _gauge("in_flight_requests", "Generating requests that are served now.", admission.in_flight)
-        yield _gauge("queued_requests", "Requests that wait for their turn.", admission.queued)
+        yield _gauge("in_flight_requests", "Generating requests served now.", (), [((), admission.in_flight)])
+        yield _gauge("queued_requests", "Requests that wait for their turn.", (), [((), admission.queued)])
         yield _histogram(
             "time_to_first_token_seconds", "Request to first byte of a stream that ended well.", stats.ttft
         )
@@ -103,45 +103,31 @@ class InstanceCollector(Collector):
         self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        states = GaugeMetricFamily(
-            "twolane_proxy_instance_state",
-            "1 for the state that the instance is in, 0 for the others.",
-            labels=(*_OF_INSTANCE, "state"),
-        )
-        for instance in self._pool:
-            for state in State:
-                states.add_metric((*_labels(instance), state.value), float(state is instance.state))
-        yield states
-        yield self._gauge("instance_in_flight_requests", "Requests in flight there.", lambda i: i.in_flight)
+        count = Counter((i.role, i.state) for i in self._pool)
+        by_state = (((LANES[role], state.value), count[role, state]) for role in LANES for state in State)
+        # Those that are gone are in no other metric: only here can an alert see that there are none.
+        yield _gauge("instances", "Instances by lane and state.", ("lane", "state"), by_state)
+        states = (((*_labels(i), state.value), state is i.state) for i in self._pool for state in State)
+        help_text = "1 for the state that the instance is in, 0 for the others."
+        yield _gauge("instance_state", help_text, (*_OF_INSTANCE, "state"), states)
+        in_flight = ((_labels(i), i.in_flight) for i in self._pool)
+        yield _gauge("instance_in_flight_requests", "Requests in flight there.", _OF_INSTANCE, in_flight)
+        in_flight = ((_labels(i), i.in_flight_tokens) for i in self._pool)
         help_text = "Prompt tokens in flight there, estimated."
-        yield self._gauge("instance_in_flight_prompt_tokens", help_text, lambda i: i.in_flight_tokens)
-        sent = (((_labels(i)), i.num_requests) for i in self._pool)
+        yield _gauge("instance_in_flight_prompt_tokens", help_text, _OF_INSTANCE, in_flight)
+        sent = ((_labels(i), i.num_requests) for i in self._pool)
         yield _counter("instance_requests", "Requests sent there, retries included.", _OF_INSTANCE, sent)
-        failed = (((_labels(i)), i.num_failures) for i in self._pool)
+        failed = ((_labels(i), i.num_failures) for i in self._pool)
         help_text = "Connections there that were refused or broke."
         yield _counter("instance_connection_failures", help_text, _OF_INSTANCE, failed)
         yield from self._of_engines()
 
-    def _gauge(self, name: str, help_text: str, value: Callable[[Instance], float]) -> Metric:
-        gauge = GaugeMetricFamily(f"twolane_proxy_{name}", help_text, labels=_OF_INSTANCE)
-        for instance in self._pool:
-            gauge.add_metric(_labels(instance), value(instance))
-        return gauge
-
     def _of_engines(self) -> Iterator[Metric]:
-        age = GaugeMetricFamily(
-            "twolane_proxy_engine_numbers_age_seconds",
-            "How old the numbers of this instance's engine are; they stay when it doesn't answer.",
-            labels=_OF_INSTANCE,
-        )
-        for instance, numbers in self._told():
-            age.add_metric(_labels(instance), monotonic() - numbers.at)
-        yield age
+        ages = ((_labels(instance), monotonic() - numbers.at) for instance, numbers in self._told())
+        help_text = "How old the numbers of this instance's engine are; they stay when it doesn't answer."
+        yield _gauge("engine_numbers_age_seconds", help_text, _OF_INSTANCE, ages)
         for field, name, help_text in _ENGINE_GAUGES:
-            gauge = GaugeMetricFamily(f"twolane_proxy_engine_{name}", help_text, labels=_OF_INSTANCE)
-            for labels, value in self._values(field):
-                gauge.add_metric(labels, value)
-            yield gauge
+            yield _gauge(f"engine_{name}", help_text, _OF_INSTANCE, self._values(field))
         for field, help_text in _ENGINE_COUNTERS.items():
             yield _counter(f"engine_{field}", help_text, _OF_INSTANCE, self._values(field))
         for field, label, help_text in _ENGINE_COUNTERS_BY_LABEL:
@@ -206,13 +192,18 @@ def _labels(instance: Instance) -> tuple[str, ...]:
     return LANES[instance.role], instance.name, instance.address
 
 
-def _gauge(name: str, help_text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"twolane_proxy_{name}", help_text, value=value)
+# A sample's label values, and its value.
+_Values = Iterable[tuple[tuple[str, ...], float]]
 
 
-def _counter(
-    name: str, help_text: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], float]]
-) -> Metric:
+def _gauge(name: str, help_text: str, labels: tuple[str, ...], values: _Values) -> Metric:
+    gauge = GaugeMetricFamily(f"twolane_proxy_{name}", help_text, labels=labels)
+    for label_values, value in values:
+        gauge.add_metric(label_values, value)
+    return gauge
+
+
+def _counter(name: str, help_text: str, labels: tuple[str, ...], values: _Values) -> Metric:
     counter = CounterMetricFamily(f"twolane_proxy_{name}", help_text, labels=labels)
     for label_values, value in values:
         counter.add_metric(label_values, value)
