@@ -94,13 +94,15 @@ async def measure(service: Service, rounds: int, seed: int, patience_s: float) -
 
 async def _round(service: Service, rng: random.Random, quiet_first: bool) -> dict[str, Any]:
     gaps = Gaps()
-    async with new_client() as client:
-        async with beside(*(_stream(client, service, rng, gaps, index) for index in range(NUM_STREAMS))):
-            await gaps.begun.wait()
-            await asyncio.sleep(1.0)
-            quiet = await _quiet(gaps) if quiet_first else []
-            hang = await _hang(client, service, rng, gaps)
-            quiet = quiet or await _quiet(gaps)
+    async with (
+        new_client() as client,
+        beside(*(_stream(client, service, rng, gaps, index) for index in range(NUM_STREAMS))),
+    ):
+        await gaps.begun.wait()
+        await asyncio.sleep(1.0)
+        quiet = await _quiet(gaps) if quiet_first else []
+        hang = await _hang(client, service, rng, gaps)
+        quiet = quiet or await _quiet(gaps)
     row = {
         "quiet_p99_ms": round(percentile(quiet, 0.99) * 1e3, 1),
         "hung_p99_ms": round(percentile(hang["hung"], 0.99) * 1e3, 1),
