@@ -56,7 +56,7 @@ class Engines:
         """Until cancelled."""
         while True:
             self._watched.clear()
-            self._known = {i: numbers for i, numbers in self._known.items() if i in set(self._pool)}
+            self._known = {i: self._known[i] for i in self._pool if i in self._known}
             settings = self._settings
             every_s = settings.engines_watched_every_s if self._num_watching else settings.engines_every_s
             self._ask_older(every_s / 2)
