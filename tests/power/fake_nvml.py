@@ -1,4 +1,4 @@
-"""NVIDIA's library at its seam: an object with nvidia-ml-py's functions, error classes and numbers, and scripted GPUs."""
+"""NVIDIA's library at its seam: nvidia-ml-py's functions, error classes and numbers, and GPUs that a test scripts."""
 
 from __future__ import annotations
 

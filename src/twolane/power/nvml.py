@@ -55,10 +55,10 @@ class Gpu:
         self._handle = library.nvmlDeviceGetHandleByIndex(index)
         self.index = index
         self.uuid = str(library.nvmlDeviceGetUUID(self._handle))
-        self._name = str(library.nvmlDeviceGetName(self._handle))
+        self.name = str(library.nvmlDeviceGetName(self._handle))
         # Since Ampere the plain query gives the mean of the last second, which blurs what two lanes do.
-        self._ways_to_watts: list[Callable[[], float]] = [self._instant_watts, self._mean_watts]
-        self._ways_to_joules: list[Callable[[], float]] = [self._counter_j]
+        self._ways_to_watts: list[Callable[[], float]] = [self.instant_watts, self.mean_watts]
+        self._ways_to_joules: list[Callable[[], float]] = [self.counter_j]
 
     def read(self, now: Callable[[], float]) -> GpuReading | None:
         """None if it measures neither. Raises NVMLError if it is lost."""
@@ -66,7 +66,7 @@ class Gpu:
         watts, counter_j = self._first(self._ways_to_watts), self._first(self._ways_to_joules)
         if watts is None and counter_j is None:
             return None
-        return GpuReading(self.uuid, self.index, self._name, at_s, watts, counter_j)
+        return GpuReading(self.uuid, self.index, self.name, at_s, watts, counter_j)
 
     def _first(self, ways: list[Callable[[], float]]) -> float | None:
         library = self._library
@@ -81,16 +81,16 @@ class Gpu:
                 del ways[0]
         return None
 
-    def _instant_watts(self) -> float:
+    def instant_watts(self) -> float:
         field = self._library.nvmlDeviceGetFieldValues(self._handle, [self._library.NVML_FI_DEV_POWER_INSTANT])[0]
         if field.nvmlReturn != self._library.NVML_SUCCESS:
             raise self._library.NVMLError(self._library.NVML_ERROR_NOT_SUPPORTED)
         return float(field.value.uiVal) / 1e3
 
-    def _mean_watts(self) -> float:
+    def mean_watts(self) -> float:
         return float(self._library.nvmlDeviceGetPowerUsage(self._handle)) / 1e3
 
-    def _counter_j(self) -> float:
+    def counter_j(self) -> float:
         return float(self._library.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
 
 
