@@ -16,13 +16,13 @@ from twolane.proxy.pool import Instance, Pool
 
 
 class EngineNumbers(Protocol):
-    """Cumulative, of one engine."""
+    """Cumulative, of one engine; None where it doesn't tell."""
 
     @property
-    def prompt_tokens(self) -> float: ...
+    def prompt_tokens(self) -> float | None: ...
 
     @property
-    def generated_tokens(self) -> float: ...
+    def generated_tokens(self) -> float | None: ...
 
 
 # Called in the sampler's thread. None: not known.
