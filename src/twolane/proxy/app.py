@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from time import monotonic
 
-from prometheus_client.registry import Collector
-
 from twolane import __version__
 from twolane.errors import (
     BadRequestError,
@@ -18,6 +16,7 @@ from twolane.errors import (
     TooBusyError,
     UnauthorizedError,
 )
+from twolane.power.report import PowerCollector
 from twolane.proxy.admission import Admission
 from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
@@ -31,6 +30,7 @@ from twolane.proxy.metrics import CONTENT_TYPE, InstanceCollector, RequestCollec
 from twolane.proxy.pages import Page, Pages
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
+from twolane.proxy.power import Power
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
@@ -58,22 +58,20 @@ _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
-    def __init__(
-        self, upstreams: Upstreams, stats: Stats, engines: Engines, collectors: Sequence[Collector] = ()
-    ) -> None:
-        """`collectors` add to what /metrics shows."""
+    def __init__(self, upstreams: Upstreams, stats: Stats, engines: Engines, power: Power) -> None:
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
         self._engines = engines
+        self._power = power
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
         self._registry = make_registry(
             RequestCollector(stats, self._admission, HANDOFF_PATHS),
             InstanceCollector(upstreams.pool, engines),
-            *collectors,
+            PowerCollector(power.latest),
         )
         self._pages = Pages(
             [
@@ -175,7 +173,7 @@ class App:
         instances = [instance_dict(instance, now, self._engines.latest(instance)) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
-        responder.send_json(200, report | self._stats.as_dict())
+        responder.send_json(200, report | self._power.as_dict() | self._stats.as_dict())
 
     async def _metrics(self, _request: Request, responder: Responder, _rest: str) -> None:
         await self._engines.refresh()

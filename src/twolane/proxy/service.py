@@ -24,6 +24,7 @@ from twolane.proxy.http_server import HttpServer
 from twolane.proxy.policy import Router
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import listen
+from twolane.proxy.power import Power
 from twolane.proxy.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Service:
         listener = listen(settings.host, settings.http_port)
         self.http_port = listener.getsockname()[1]
         try:
+            self.power = Power(settings, self.pool, lambda i: self.engines.latest(i))  # noqa: PLW0108 - made below
             self._discovery = Discovery(settings, self.pool, stats)
             self._discovery.bind()
         except BaseException:
@@ -59,7 +61,7 @@ class Service:
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
         self.engines = Engines(settings, self.pool, self._client, self._tasks)
-        self._app = App(upstreams, stats, self.engines)
+        self._app = App(upstreams, stats, self.engines, self.power)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
@@ -70,6 +72,7 @@ class Service:
         ]
         await self._server.start(listener)
         self._discovery.start()
+        self.power.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
 
@@ -91,6 +94,7 @@ class Service:
         for task in self._background:
             task.cancel()
         self.engines.close()
+        await self.power.stop()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
 
