@@ -8,7 +8,7 @@ import time
 import msgspec
 import zmq
 
-from twolane.protocol import REGISTER_EVERY_S, Load, Registration, encode, sign_registration
+from twolane.protocol import REGISTER_EVERY_S, Load, Registration, encode, sign
 
 _SOONEST_S = 0.5  # between two registrations, however fast the load changes
 
@@ -56,7 +56,7 @@ class Registrar:
 
     def _send(self, registration: Registration) -> bool:
         if self._secret:
-            registration = sign_registration(registration, self._secret, time.time())
+            registration = sign(registration, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(registration), zmq.NOBLOCK)
             return True

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from time import monotonic
+from urllib.parse import unquote
 
 from twolane import __version__
 from twolane.errors import (
@@ -62,7 +63,13 @@ class App:
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
         # Load balancers ask for /health without a key.
-        self._pages = Pages([Page("/health", self._health, is_public=True), Page("/stats", self._report)])
+        self._pages = Pages(
+            [
+                Page("/health", self._health, is_public=True),
+                Page("/stats", self._report),
+                Page("/stats/requests/", self._story),
+            ]
+        )
 
     async def handle(self, request: Request, responder: Responder) -> None:
         record = RequestRecord(request.path, _request_id(request), monotonic())
@@ -100,6 +107,7 @@ class App:
         except TooBusyError as error:
             reject(error, responder, record, self._stats)
             return
+        record.admitted_at = monotonic()
         try:
             await handoff.run()
         finally:
@@ -156,6 +164,9 @@ class App:
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
         responder.send_json(200, report | self._stats.as_dict())
+
+    async def _story(self, _request: Request, responder: Responder, rest: str) -> None:
+        responder.send_json(200, self._stats.stories.story(unquote(rest)))
 
 
 def _request_id(request: Request) -> str:

@@ -67,6 +67,8 @@ class Attempt:
         self._prefill_exchange: Exchange | None = None
         self.decode = DecodeLeg(f"decode instance {route.decode.address}", self._changed, upstreams.gaps)
         self.decode_exchange: Exchange | None = None
+        self.prefill_sent_at: float | None = None  # monotonic, s
+        self.decode_sent_at: float | None = None
         self._first_byte_timer: asyncio.TimerHandle | None = None
         self._blamed: set[Instance] = set()
         self._closed = False
@@ -83,13 +85,15 @@ class Attempt:
         assert self._job.body is not None
         leg = PrefillLeg(f"prefill instance {prefill.address}", self._changed, self._handover.reads_prefill)
         self.prefill = leg
-        body = self._handover.for_prefill(self._job.body, self.transfer_id, self.route.decode)
+        body = self._handover.for_prefill(self._job.body, self.transfer_id, prefill, self.route.decode)
+        self.prefill_sent_at = monotonic()
         self._prefill_exchange = self._open(prefill, body, leg)
         self._deadline(leg, self._settings.prefill_timeout_s, "prefill")
 
     def _send_decode(self, answer: bytes) -> None:
         """Raises UpstreamError if P's answer makes no sense."""
         body = self._decode_body(answer)
+        self.decode_sent_at = monotonic()
         self.decode_exchange = self._open(self.route.decode, body, self.decode)
         self._first_byte_timer = self._deadline(self.decode, self._settings.first_byte_timeout_s, "first byte")
 
@@ -99,7 +103,7 @@ class Attempt:
             return self._job.raw
         if prefill is None:
             return body.for_decode_alone()
-        return self._handover.for_decode(body, self.transfer_id, prefill, answer)
+        return self._handover.for_decode(body, self.transfer_id, prefill, self.route.decode, answer)
 
     def _open(self, instance: Instance, body: bytes, leg: PrefillLeg | DecodeLeg) -> Exchange:
         job = self._job
