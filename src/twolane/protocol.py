@@ -294,7 +294,7 @@ def decode_from_instance(frame: bytes) -> Registration | Story:
     return _decode_story(frame) if _decode_heading(frame).type == "story" else decode_registration(frame)
 
 
-Signed = TypeVar("Signed", Registration, Story)
+Signed = TypeVar("Signed", bound=Registration | Story)
 
 
 def sign(message: Signed, secret: str, now: float) -> Signed:
