@@ -65,6 +65,7 @@ class ProxySettings:
     prefill_linger_s: float = 1.0  # P's answer, after D's has ended: later than that its leg is cut
     upstream_idle_s: float = 4.0  # a kept-alive connection to an instance; vLLM's server closes its own after 5 s
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
+    otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     max_held_body_bytes: int = 8 * 1024 * 1024  # D's answer, if not a stream, is held until it is whole
@@ -120,6 +121,7 @@ class Settings:
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     upstream_api_key: str = ""
+    otlp_endpoint: str = ProxySettings.otlp_endpoint
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

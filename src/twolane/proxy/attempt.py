@@ -17,6 +17,7 @@ from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.legs import DecodeLeg, PrefillLeg, Verdict, judge
 from twolane.proxy.policy import Ask, Route, Router
 from twolane.proxy.pool import Instance, Pool, Ticket
+from twolane.proxy.tracing import RequestTrace
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -29,6 +30,7 @@ class Job(msgspec.Struct, frozen=True):
     ask: Ask
     body: SplitBody | None = None
     raw: bytes = b""
+    trace: RequestTrace | None = None  # then `headers` holds no trace context
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class Attempt:
         if self.transfer_id:
             request_id = self._handover.request_id(self.transfer_id, request_id)
         headers = b"%bx-request-id: %b\r\n" % (job.headers, request_id.encode("ascii"))
+        if job.trace is not None:
+            headers += job.trace.headers_for(instance.role)
         request = request_bytes(job.method, job.target, instance.address, headers, body)
         return self._client.send(instance.address, request, leg)
 

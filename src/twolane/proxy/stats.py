@@ -12,6 +12,7 @@ import msgspec
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
 from twolane.proxy.stories import Stories
+from twolane.proxy.tracing import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class RequestRecord:
     first_byte_at: float | None = None
     ended_at: float | None = None
     engine_moments: dict[str, float] | None = None  # what the engines told, by the event's name; see stories
+    trace: RequestTrace | None = None  # where spans are wanted
 
     def ms(self, moment: float | None) -> float | None:
         return None if moment is None else round((moment - self.started_at) * 1e3, 2)
