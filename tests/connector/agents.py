@@ -77,7 +77,9 @@ class Prefill:
         self.agent.begin_step(StepPlan(offer=[Offer(req_id, transfer_id, digest, story)]))
 
     def compute(self, block_ids: list[int], num_tokens: int, req_id: str = "p") -> None:
-        self.agent.end_step([Advance(req_id, block_ids, True, num_tokens)])
+        advance = [Advance(req_id, block_ids, True, num_tokens)]
+        self.agent.begin_step(StepPlan(advance=advance))
+        self.agent.end_step(advance)
 
     def finish(self, req_id: str = "p", *, ok: bool = True) -> None:
         self.agent.begin_step(StepPlan(finish=[Finish(req_id, ok)]))

@@ -32,6 +32,7 @@ from twolane.protocol import (
 
 CAUSAL = [  # each of these can't come before the one above it
     ("P", "offered"),
+    ("P", "scheduled"),
     ("P", "launched"),
     ("P", "pushed"),
     ("D", "landed"),

@@ -16,7 +16,7 @@ from twolane.protocol import MAX_STORY_EVENTS, Story, StoryEvent, clock_identity
 from twolane.proxy.stats import RequestRecord
 from twolane.proxy.stories import ENGINE_EVENTS, ORDER, Stories
 
-P_EVENTS = ("offered", "launched", "computed", "announced", "pushed")
+P_EVENTS = ("scheduled", "launched", "computed", "announced", "pushed")
 D_EVENTS = ("allocated", "announce_sent", "landed", "stepped", "ended")
 OWN = {"received", "admitted", "prefill_sent", "decode_sent", "prefill_answered", "first_byte", "last_byte"}
 
@@ -126,8 +126,8 @@ async def test_a_strangers_story_changes_nothing() -> None:
         before = await story_of(c, transfer_id)
         false = [
             told(c, "D", "f" * 32, "landed"),  # no such transfer
-            told(c, "D", transfer_id, "exploded"),  # no such event
-            told(c, "D", transfer_id, "offered"),  # not D's to say
+            told(c, "D", transfer_id, "exploded", "reported"),  # not understood, or of no interest
+            told(c, "D", transfer_id, "scheduled"),  # not D's to say
             told(c, "D", transfer_id, "landed", http_address="127.0.0.1:1"),  # not the instance that has it
             told(c, "D", transfer_id, "landed", at_s=monotonic() - 3600),  # before the request came
             told(c, "D", transfer_id, "landed", at_s=monotonic() + 3600),
@@ -138,7 +138,7 @@ async def test_a_strangers_story_changes_nothing() -> None:
         await until_heard(c, "other_clock", 1)
         assert await heard(c) == {
             "events": 0,
-            "unknown": 4,
+            "unknown": 2,
             "impossible": 3,
             "other_clock": 1,
             "dropped_by_engines": 0,
@@ -188,7 +188,7 @@ async def test_where_instances_sign_a_story_must_be_signed() -> None:
         record = RequestRecord("/v1/completions", "r", monotonic(), prefill="127.0.0.1:1")
         stories = c.service._app._stats.stories
         stories.begins(record, "t")
-        story = Story("P", "127.0.0.1:1", clock_identity(), [StoryEvent("t", "offered", monotonic())])
+        story = Story("P", "127.0.0.1:1", clock_identity(), [StoryEvent("t", "scheduled", monotonic())])
         now = time.time()
         send_raw(c, encode(story), encode(sign(story, "guess", now)), encode(sign(story, SECRET, now)))
         await eventually(lambda: record.engine_moments is not None, 30)

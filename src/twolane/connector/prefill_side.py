@@ -113,6 +113,10 @@ class PrefillSide:
                 self._counters.send_failed(Cause.CANCELLED if is_first else Cause.DUPLICATE)
             elif early is not None:
                 self._accept(outgoing, early.announce, early.peer)
+        for advance in plan.advance:
+            scheduled = self._offers.of_request(advance.req_id)
+            if scheduled is not None and not scheduled.computed_at_s:
+                self._story.note(scheduled, "scheduled", now_s)
         for req_id in plan.preempted:
             if preempted := self._offers.of_request(req_id):
                 if preempted.in_flight:

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 from twolane.protocol import MAX_STORY_EVENTS, MAX_STORY_ID_LENGTH, Role, StoryEvent, encode_json
 
 Event = Literal[
-    "offered",  # P: the first step after the scheduler took the request up begins
+    "offered",  # P: the first step after the scheduler got the request begins
+    "scheduled",  # P: the first step that computes some of it begins
     "announced",  # P: D's Announce is there
     "launched",  # P: the forward pass of a chunk was launched; the last one is the prompt's end
     "computed",  # P: its last layer is through, where the transport knows

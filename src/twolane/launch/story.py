@@ -23,7 +23,7 @@ WORDS = {
     "admitted": "its turn came",
     "prefill_sent": "P's leg is on its way",
     "decode_sent": "D's leg is on its way",
-    "prefill_accepted": "P's scheduler took it up",
+    "prefill_accepted": "P's scheduler took it up, its first step begins",
     "allocated": "D's scheduler gave it blocks",
     "announced": "D told P where they are",
     "announce_heard": "P knows",
@@ -38,7 +38,7 @@ WORDS = {
 }
 STAGES = (  # name, from, to
     ("queue", "received", "admitted"),
-    ("to P", "prefill_sent", "prefill_accepted"),
+    ("P's queue", "prefill_sent", "prefill_accepted"),
     ("prefill", "prefill_accepted", "prefill_computed"),
     ("handoff", "prefill_computed", "landed"),
     ("first token", "landed", "first_byte"),

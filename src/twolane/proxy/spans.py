@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXPORT_TIMEOUT_S = 5.0
-_FINE = frozenset(("ok", "rejected", "too_busy", "client_left", "client_stalled"))  # no fault of ours
+# No fault of ours; `open`: the client left before its turn came.
+_FINE = frozenset(("ok", "rejected", "too_busy", "client_left", "client_stalled", "open"))
 _KINDS = {"server": api.SpanKind.SERVER, "client": api.SpanKind.CLIENT, "internal": api.SpanKind.INTERNAL}
 
 Attributes = dict[str, str | int | bool]

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 NUM_KEPT = 1000
 
-# By role and the engine's own word (connector.story.Event). Where the transport doesn't know when the last layer was
-# through, as on the CPU, the pass is through when it was launched.
+# By role and the engine's own word (connector.story.Event); what isn't here isn't kept. Where the transport doesn't
+# know when the last layer was through, as on the CPU, the pass is through when it was launched.
 ENGINE_EVENTS: dict[tuple[Role, str], str] = {
-    ("P", "offered"): "prefill_accepted",
+    ("P", "scheduled"): "prefill_accepted",
     ("P", "launched"): "prefill_launched",
     ("P", "computed"): "prefill_computed",
     ("P", "announced"): "announce_heard",
@@ -97,8 +97,10 @@ class Stories:
         for event in story.events:
             name = ENGINE_EVENTS.get((story.role, event.event))
             record = self._by_transfer.get(event.transfer_id)
-            if name is None or record is None or not _has(record, story):
+            if record is None or not _has(record, story):
                 heard.unknown += 1
+            elif name is None:
+                continue
             elif not record.started_at <= event.at_s <= now:
                 heard.impossible += 1
             else:

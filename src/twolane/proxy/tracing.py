@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 HEADERS = frozenset((b"traceparent", b"tracestate"))
 SETTLE_S = 1.0  # after a request's end: so late come P's answer and the engines' last words
 _EVERY_S = 0.5
+_REQUESTS_A_TURN = 16  # then other callbacks of the loop get theirs
 _MAX_PENDING = 8192
 _MAX_STATE_BYTES = 512
 _CLOSE_DEADLINE_S = 3.0
@@ -115,14 +116,26 @@ class Tracer:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(_EVERY_S)
-            self.make_spans(monotonic())
+            while self.make_spans(monotonic(), _REQUESTS_A_TURN):
+                await asyncio.sleep(0)
 
-    def make_spans(self, now: float) -> None:
-        """Of all that are due by `now`."""
-        while self._pending and self._pending[0][0] <= now:
-            _, record = self._pending.popleft()
-            assert record.trace is not None
+    def make_spans(self, now: float, at_most: int = _MAX_PENDING) -> bool:
+        """Of those that are due by `now`. Whether there are more than `at_most`."""
+        for _ in range(at_most):
+            if not self._pending or self._pending[0][0] > now:
+                self._tell_dropped()
+                return False
+            self._make(self._pending.popleft()[1])
+        return True
+
+    def _make(self, record: RequestRecord) -> None:
+        assert record.trace is not None
+        try:
             self._exporter.put(record, record.trace)
+        except Exception:  # noqa: BLE001 - a foreign library must not take the proxy down over a span
+            logger.exception("no spans request_id=%s", record.request_id)
+
+    def _tell_dropped(self) -> None:
         if self._num_dropped:
             logger.warning("spans left out requests=%d: more ended than could be told", self._num_dropped)
             self._num_dropped = 0
