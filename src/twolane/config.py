@@ -72,6 +72,7 @@ class ProxySettings:
     max_engine_page_bytes: int = 2 * 1024 * 1024  # of an instance's /metrics
     power_csv: Path | None = None  # where the GPUs' power is recorded
     power_every_s: float = 0.1  # how often they are asked, while it is recorded or watched
+    otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     max_held_body_bytes: int = 8 * 1024 * 1024  # D's answer, if not a stream, is held until it is whole
@@ -130,6 +131,7 @@ class Settings:
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     upstream_api_key: str = ""
+    otlp_endpoint: str = ProxySettings.otlp_endpoint
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs
