@@ -119,13 +119,14 @@ def _check_twolane(words: list[str], env: dict[str, str]) -> None:
         return
     own = words[1 : words.index("--")] if "--" in words else words[1:]
     context = command.make_context(words[0], list(own))
+    instances = [context.params.pop(role) or [] for role in ("prefill", "decode")] if words[0] == "proxy" else []
     flags = {key: value or None for key, value in context.params.items() if key in KEYS}
     settings = resolve(flags, env, None).settings
     if words[0] in {"up", "prefill", "decode", "doctor"}:
         on_gpus = settings.model or settings.prefill_gpu or settings.decode_gpu
         make_plan(settings, EIGHT_GPUS if on_gpus else CPU, ServedModel(settings.model or "default", ("default",)))
     if words[0] == "proxy":
-        proxy_settings(_without_files(settings), context.params["prefill"] or [], context.params["decode"] or [])
+        proxy_settings(_without_files(settings), *instances)
     if "--" in words and words[0] in {"prefill", "decode"}:
         _check_flags(words[words.index("--") + 1 :], vllm_flags("serve"), "vllm serve")
 
@@ -148,7 +149,7 @@ def _check_python(words: list[str], env: dict[str, str]) -> None:
     elif words[0] == "-m":
         if words[1] not in {"pip", "venv", "json.tool"}:
             _check_flags(words[2:], set(re.findall(r"--[\w-]+", module_help(words[1]))), words[1])
-    elif words[0] != "-c" and not (ROOT / words[0]).exists() and not words[0].startswith("minimal_"):
+    elif not words[0].startswith("-") and not (ROOT / words[0]).exists() and not words[0].startswith("minimal_"):
         raise WrongLineError(f"{words[0]} does not exist")
 
 
@@ -197,9 +198,12 @@ def check_kv_transfer_config(config: dict[str, Any]) -> None:
 
 
 _FLAGS_OF = """
-import contextlib, io, sys
+import contextlib, io
 with contextlib.redirect_stdout(io.StringIO()):
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    try:
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    except ImportError:  # 0.32
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.benchmarks.serve import add_cli_args
     parsers = {"serve": make_arg_parser(FlexibleArgumentParser()), "bench serve": FlexibleArgumentParser()}
