@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import click
 import typer.main
 
 from tests.docs.pages import ROOT
@@ -48,7 +47,18 @@ FOREIGN = frozenset(
         *("caddy", "prometheus", "promtool", "ls", "scp", "jq"),
     )
 )
-ENVIRONMENT = frozenset(("LANG", "PYTHON", "CUDA_VISIBLE_DEVICES", "VLLM_LOGGING_LEVEL", "PIP_INDEX_URL", "PIP_NO_INDEX", "PIP_FIND_LINKS", "TMPDIR"))
+ENVIRONMENT = frozenset(
+    (
+        "LANG",
+        "PYTHON",
+        "CUDA_VISIBLE_DEVICES",
+        "VLLM_LOGGING_LEVEL",
+        "PIP_INDEX_URL",
+        "PIP_NO_INDEX",
+        "PIP_FIND_LINKS",
+        "TMPDIR",
+    )
+)
 EIGHT_GPUS = Machine("cuda", "python", 64, tuple(range(8)))
 CPU = Machine("cpu", "python", 8)
 PROXY_PORTS = ("10001", "10002")
@@ -112,13 +122,18 @@ def _check_twolane(words: list[str], env: dict[str, str]) -> None:
     group: Any = typer.main.get_command(app)
     if not words:
         return
-    command: click.Command | None = group.commands.get(words[0])
+    command = group.commands.get(words[0])
     if command is None:
         raise WrongLineError(f"no command twolane {words[0]}")
     if "--help" in words:
         return
     own = words[1 : words.index("--")] if "--" in words else words[1:]
-    context = command.make_context(words[0], list(own))
+    try:
+        context = command.make_context(words[0], list(own))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors, of its own copy of click
+            raise
+        raise WrongLineError(error.format_message()) from error
     instances = [context.params.pop(role) or [] for role in ("prefill", "decode")] if words[0] == "proxy" else []
     flags = {key: value or None for key, value in context.params.items() if key in KEYS}
     settings = resolve(flags, env, None).settings
