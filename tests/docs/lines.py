@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
@@ -13,15 +14,17 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import httpx
 import typer.main
 
 from tests.docs.pages import ROOT
 from twolane.cli import app
+from twolane.config import ProxySettings
 from twolane.connector.settings import parse_settings
 from twolane.launch.configuration import KEYS, VARIABLES, resolve
 from twolane.launch.plan import Machine, ServedModel, make_plan
-from twolane.proxy.app import ALONE_PATHS, HANDOFF_PATHS, RELAYED
 from twolane.proxy.flags import proxy_settings
+from twolane.proxy.service import Service
 
 # Programs that aren't ours: their flags are not looked at.
 FOREIGN = frozenset(
@@ -195,11 +198,21 @@ def _check_curl(words: list[str], _env: dict[str, str]) -> None:
 
 
 def is_path(path: str) -> bool:
-    source = "".join(file.read_text() for file in (ROOT / "src/twolane/proxy").glob("*.py"))
-    own = set(re.findall(r'Page\(\s*"([^"]+)"', source))
-    if path in own | HANDOFF_PATHS | ALONE_PATHS | set(RELAYED):
-        return True
-    return any(tree != "/" and tree.endswith("/") and path.startswith(tree) for tree in own)
+    return any(path == known or (known.endswith("...") and path.startswith(known[:-3])) for known in known_paths())
+
+
+@cache
+def known_paths() -> list[str]:
+    """As a proxy tells who asks for another one; `...` stands for all below."""
+    return asyncio.run(_ask_for_paths())
+
+
+async def _ask_for_paths() -> list[str]:
+    settings = ProxySettings(http_port=0, discovery_port=0)
+    async with Service(settings) as service, httpx.AsyncClient(trust_env=False) as client:
+        answer = await client.get(f"http://127.0.0.1:{service.http_port}/no-such-path")
+    message: str = answer.json()["error"]["message"]
+    return message.partition("known are ")[2].split(", ")
 
 
 def check_kv_transfer_config(config: dict[str, Any]) -> None:
