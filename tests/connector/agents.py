@@ -87,7 +87,8 @@ class Prefill:
 
     @property
     def free_slots(self) -> int:
-        return self.agent._side._transports._ways["shm"].free_slots  # type: ignore[attr-defined,no-any-return]
+        ways = self.agent._side._transports._ways.values()  # type: ignore[attr-defined]
+        return min(way.free_slots for way in ways)
 
 
 @dataclass

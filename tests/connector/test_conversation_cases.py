@@ -14,7 +14,7 @@ from twolane.protocol import Ping
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """One P, which writes to D's blocks itself if the parameter says so, and one D."""
-    made = World([getattr(request, "param", False)], 1)
+    made = World([getattr(request, "param", "shm")], 1)
     yield made
     made.close()
 
@@ -108,7 +108,7 @@ def test_a_slot_that_is_still_being_written_is_not_lent_again(world: World) -> N
     assert prefill.shm.free_slots == 4
 
 
-@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 def test_an_announce_that_comes_behind_a_ping_is_not_served(world: World) -> None:
     """P has told D that it knows nothing of the transfer, and D has given its blocks to others."""
     name = start(world)
@@ -157,7 +157,7 @@ def test_a_d_that_connects_anew_leaves_nothing_of_its_old_connection_on_p(world:
     assert prefill.shm.free_slots == 4
 
 
-@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
     name = start(world)
     world.deliver_all()
@@ -188,7 +188,7 @@ def test_what_was_computed_before_a_preemption_is_not_sent_after_it(world: World
     assert decode.side.take_counters().kv_received_transfers == 1
 
 
-@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: World, has_begun: bool) -> None:
     """Its copy begins after D has revoked the permission, or ends after that."""

@@ -17,7 +17,7 @@ from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.trace import Trace
 from twolane.connector.transfer import Incoming, IncomingState, ItemRange
-from twolane.connector.transport.base import ReceiveTransports, Ticket
+from twolane.connector.transport.base import ReceiveTransports, Ticket, select_items
 from twolane.errors import TransferError
 from twolane.protocol import (
     Abort,
@@ -131,6 +131,7 @@ class DecodeSide:
             self._receive(receive, gate, now_s)
 
     def take_counters(self) -> Counters:
+        self._counters.kv_refused_frames += self._transports.take_refused()
         taken, self._counters = self._counters, Counters()
         return taken
 
@@ -346,6 +347,8 @@ class DecodeSide:
     def _begin_read(peer: Peer, incoming: Incoming | None, push: Push) -> Read:
         items = ItemRange(push.first_item, push.num_items)
         if incoming is None:
+            if push.slot is not None:
+                peer.channel.discard(push.slot)
             return Read(None, peer, items, Ticket(0, slot=push.slot, done=True), push.computed_at_s)
         targets = incoming.targets(items)
         ticket = Ticket(0, done=True) if push.slot is None else peer.channel.read(push.slot, targets)
@@ -412,10 +415,7 @@ class DecodeSide:
             self._counters.kv_computed_to_landed_seconds.append(now_s - read.computed_at_s)
 
     def _size_bytes(self, read: Read) -> int:
-        whole, rest = divmod(read.items.count, self._items_per_block)
-        first = read.items.first % self._items_per_block
-        some = (self._layer_bytes[(first + item) % self._items_per_block] for item in range(rest))
-        return whole * sum(self._layer_bytes) + sum(some)
+        return select_items([], read.items.first, read.items.count, self._items_per_block).size_bytes(self._layer_bytes)
 
     def tick(self, now_s: float) -> None:
         """Deadlines, and words to those who are silent."""
