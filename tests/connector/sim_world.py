@@ -38,7 +38,8 @@ from twolane.connector.trace import Trace
 from twolane.connector.transport.base import Ticket
 from twolane.connector.transport.hub import Receivers, Senders, SendWay
 from twolane.connector.transport.shm import ShmSend
-from twolane.connector.transport.tcp import TcpReceive, TcpSend
+from twolane.connector.transport.tcp import TcpSend
+from twolane.connector.transport.tcp_receive import TcpReceive
 from twolane.protocol import Identity, KVFormat, ToDecode, ToPrefill
 
 Way = Literal["direct", "shm", "tcp"]  # direct: P writes to D's blocks itself

@@ -21,7 +21,8 @@ from twolane.connector.transport.frames import ALIVE, CHUNK_BYTES, FrameError, H
 from twolane.connector.transport.inbox import Inbox, Size
 from twolane.connector.transport.select import senders_for
 from twolane.connector.transport.slots import Staging
-from twolane.connector.transport.tcp import Invitation, Room, TcpReceive, TcpReceiveHalf
+from twolane.connector.transport.tcp import Invitation, Room
+from twolane.connector.transport.tcp_receive import TcpReceive, TcpReceiveHalf
 from twolane.errors import TransferError
 from twolane.protocol import TransportOffer
 
@@ -102,21 +103,22 @@ def test_bytes_and_push_may_come_in_either_order(fake: Fake, push_first: bool) -
     first, rest = ITEM, TOTAL - ITEM
     seal = Seal(KEY)
     fake.send(seal.close(head(size=first, crc=checksum(BYTES[:first]))), BYTES[:first])
-    wait_for(lambda: (fake.way.poll() or fake.half._inbox._loans[7].received == first) if _has(fake, 7) else False, 30)
+    wait_for(lambda: _received(fake, 7) == first, 30)
     assert not (ticket and ticket.done), "a part isn't all"
     assert not fake.copier.scattered
     fake.send(seal.close(head(offset=first, size=rest, crc=checksum(BYTES[first:TOTAL]))), BYTES[first:TOTAL])
     if ticket is None:
-        wait_for(lambda: (fake.way.poll() or fake.half._inbox.whole(7)) is not None, 30)
+        wait_for(lambda: _received(fake, 7) == TOTAL, 30)
         ticket = fake.half.read(7, ITEMS)
     fake.poll_until(ticket)
     assert not ticket.error
     assert fake.copier.scattered == [BYTES[:TOTAL]]
 
 
-def _has(fake: Fake, loan: int) -> bool:
+def _received(fake: Fake, number: int) -> int:
     fake.way.poll()
-    return loan in fake.half._inbox._loans
+    loan = fake.half._inbox._loans.get(number)
+    return loan.received if loan else 0
 
 
 BAD = {
@@ -175,7 +177,7 @@ def test_bytes_that_nobody_wants_take_no_slot(fake: Fake) -> None:
             fake.half.discard(loan)
         fake.send(Seal(KEY).close(head(loan)), BYTES[:TOTAL])
         if not loan % 2:
-            wait_for(lambda loan=loan: _has(fake, loan), 30)  # type: ignore[misc]
+            wait_for(lambda loan=loan: _received(fake, loan) == TOTAL, 30)  # type: ignore[misc]
             fake.half.discard(loan)
     ticket = fake.half.read(9, ITEMS)
     fake.send(Seal(KEY).close(head(9)), BYTES[:TOTAL])
@@ -210,7 +212,12 @@ def test_a_stranger_gets_nothing_and_is_counted() -> None:
         ticket = channel.push(ITEMS, ITEMS, senders.fence())
         assert ticket.slot is not None
         read = own.read(ticket.slot, ITEMS)
-        wait_for(lambda: half.poll() or read.done, 30)
+
+        def is_read() -> bool:
+            half.poll()
+            return read.done
+
+        wait_for(is_read, 30)
         assert not stranger.poll(0)
     half.close()
     senders.close()

@@ -81,6 +81,9 @@ class PrefillPeer:
         self._sent_bytes += more
         return self._sent_bytes
 
+    def free_slots(self) -> int:
+        return self._prefill.free_slots
+
     def check(self) -> None:
         """Raises if the agent died or the GPU's context is lost."""
         self._prefill.agent.check()

@@ -176,10 +176,11 @@ class ZmqClient:
         """`poller`: told of the sockets, so that its owner looks what has come."""
         self._timeout_s = max(_MIN_TIMEOUT_S, timeout_s)
         self._poller = poller
-        self._context: sockets.ZmqContext = zmq.Context(io_threads=1)
+        self._context: sockets.ZmqContext | None = None  # a thread that most D never need
 
     def join(self, address: str, token: bytes) -> ReceiveLine:
         assert len(token) == TOKEN_BYTES
+        self._context = self._context or zmq.Context(io_threads=1)
         try:
             socket = sockets.connect(self._context, address, max_bytes=MAX_DATA_BYTES, timeout_s=self._timeout_s)
         except zmq.ZMQError as error:
@@ -189,7 +190,8 @@ class ZmqClient:
         return ZmqReceiveLine(socket, self._poller)
 
     def close(self) -> None:
-        self._context.term()
+        if self._context is not None:
+            self._context.term()
 
 
 class ZmqReceiveLine:

@@ -10,12 +10,13 @@ from twolane.connector.transport.base import Wake
 from twolane.connector.transport.copier import HostCopier
 from twolane.connector.transport.hub import Receivers, ReceiveWay, Senders, SendWay
 from twolane.connector.transport.shm import ShmReceive, ShmSend
-from twolane.connector.transport.tcp import tcp_receive, tcp_send
+from twolane.connector.transport.tcp import tcp_send
+from twolane.connector.transport.tcp_receive import tcp_receive
 from twolane.errors import ConfigError
 
 
 def senders_for(layout: KVLayout, settings: ConnectorSettings, wake: Wake, poller: zmq.Poller | None = None) -> Senders:
-    """P's. `poller`: the agent's, which calls `poll` whenever one of its sockets has something. Raises ConfigError for a
+    """P's. `poller`: the agent's, which calls `poll` whenever a socket in it has something. Raises ConfigError for a
     transport that this memory can't have."""
     zero = settings.fault == "zero_kv"
     if _is_on_gpu(layout, settings):

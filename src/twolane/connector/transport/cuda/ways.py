@@ -15,7 +15,8 @@ from twolane.connector.transport.cuda.ipc import IpcReceive, IpcSend
 from twolane.connector.transport.cuda.nccl import NcclReceive, NcclSend
 from twolane.connector.transport.hub import Receivers, ReceiveWay, Senders, SendWay
 from twolane.connector.transport.shm import ShmReceive, ShmSend
-from twolane.connector.transport.tcp import tcp_receive, tcp_send
+from twolane.connector.transport.tcp import tcp_send
+from twolane.connector.transport.tcp_receive import tcp_receive
 from twolane.errors import ConfigError
 
 
