@@ -62,25 +62,25 @@ def made_in(namespace: str, make: Callable[[], T]) -> T:
 class Host:
     """A namespace, held by a process that ends when this one does. Owns its end of the network."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, mtu: int) -> None:
         self.address = f"{_SUBNET}.{number}"
         self._holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.namespace = f"/proc/{self._holder.pid}/ns/net"
         self.tun = -1
         try:
-            self._set_up()
+            self._set_up(mtu)
         except BaseException:
             self.close()
             raise
 
-    def _set_up(self) -> None:
+    def _set_up(self, mtu: int) -> None:
         deadline_s = time.monotonic() + _START_S
         own = Path("/proc/self/ns/net").readlink()
         while Path(self.namespace).readlink() == own:
             assert time.monotonic() < deadline_s, "unshare doesn't come to its end"
             time.sleep(0.005)
         self.tun = self.call(self._open_tun)
-        for words in (f"addr add {self.address}/24 dev lane", "link set lane mtu 1500 up", "link set lo up"):
+        for words in (f"addr add {self.address}/24 dev lane", f"link set lane mtu {mtu} up", "link set lo up"):
             subprocess.run(self.argv("ip", *words.split()), check=True)
 
     @staticmethod
@@ -135,7 +135,7 @@ class Network:
     """Some hosts, and the thread that carries their packets. `weather` may be changed at any time; a packet meets that
     of the moment when it sets out, and is lost if the network is cut when it should arrive."""
 
-    def __init__(self, num_hosts: int, seed: int = 1) -> None:
+    def __init__(self, num_hosts: int, *, mtu: int = 1500, seed: int = 1) -> None:
         self.weather = Weather()
         self.num_lost = 0
         self.num_carried = 0
@@ -146,7 +146,7 @@ class Network:
         self._thread = threading.Thread(target=self._run, name="test-network", daemon=True)
         try:
             for number in range(1, num_hosts + 1):
-                self.hosts.append(Host(number))
+                self.hosts.append(Host(number, mtu))
         except BaseException:
             self._close_hosts()
             raise

@@ -33,7 +33,7 @@ def network() -> Iterator[Network]:
 def processes(network: Network) -> Iterator[tuple[TargetProcess, TargetProcess]]:
     """P's on the first host, D's on the second."""
     made = [
-        TargetProcess(partial(made_in, host.namespace, peer))  # type: ignore[arg-type]
+        TargetProcess(partial(made_in, host.namespace, peer))
         for host, peer in zip(network.hosts, (PrefillPeer, DecodePeer), strict=True)
     ]
     yield made[0], made[1]
