@@ -3,7 +3,7 @@
 The physics: a push of a chunk reads P's blocks and writes D's once; over NVLink the link's bandwidth is the limit (a
 contiguous copy between two H200s: 396 GB/s), on one GPU its memory's (read and write). Pinned host memory costs two
 trips over PCIe, which overlap but for the first and the last slot; so `shm` is measured against the slower of the two
-pinned copies alone. `tcp` copies into a slot, into a socket, out of one, into D's slot and out of it, on as many cores as
+pinned copies alone. `tcp` copies into a slot, into a socket, out of one, into D's slot and out of it, on the cores that
 there are. Every figure is the median of some pushes of the same size into shuffled blocks, with quartiles.
 
     python -m benchmarks.transport --transport cuda_ipc --target-gpu 1     two GPUs, each process seeing its own

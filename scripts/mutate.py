@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- made by `make mutants` -->\n", "<!-- end of what `make mutants` made -->\n"
 COPIED = ("src", "tests", "pyproject.toml")
 STAGES = (  # the next one runs where nobody noticed
-    ("tests/connector/test_transfer.py", "tests/connector/test_conversation_cases.py"),
+    ("tests/connector/test_transfer.py", "tests/connector/test_conversation_cases.py", "tests/connector/test_tcp.py"),
     ("tests/connector/test_conversation.py",),
 )
 TIMEOUT_S = 300  # a mutant that makes the tests hang is noticed too

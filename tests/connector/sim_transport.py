@@ -199,6 +199,8 @@ class SimShmReceiveHalf(ShmReceiveHalf):
 class DirectReceive(ReceiveWay):
     """hub.ReceiveWay. Who may write is what `permits` holds."""
 
+    name = "direct"
+
     targets: ClassVar[dict[int, DirectReceive]] = {}  # by what an offer says; the world empties it
 
     def __init__(self, memory: Memory) -> None:

@@ -140,7 +140,9 @@ class Prefill(Worker):
         self.address = address
         self.way = way
         self.shm = ShmSend(LAYOUT, self.copier, slot_bytes=0, num_slots=NUM_SLOTS)
-        self.tcp = TcpSend(self.copier, world.network.serve, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
+        self.tcp = TcpSend(
+            self.copier, world.network.serve, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS, chunk_bytes=ITEM_BYTES
+        )
         made: dict[Way, SendWay] = {"direct": DirectSend(self.copier), "shm": self.shm, "tcp": self.tcp}
         ways = [made[way]]
         self.side = PrefillSide(

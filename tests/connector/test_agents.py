@@ -18,6 +18,7 @@ from tests.connector import agents
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.settings import ConnectorSettings
+from twolane.connector.transport import shm
 from twolane.protocol import Cancel, Credit, Pong, encode, split_address
 
 
@@ -261,6 +262,26 @@ def test_a_transfer_id_used_twice_disturbs_nobody(prefill: Prefill, decode: Deco
     for req_id in ("p", "p2"):
         prefill.finish(req_id)
         prefill.wait_freed(req_id)
+
+
+def test_a_transport_that_d_cannot_attach_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's P: its shared memory can't be opened. The next request goes over `tcp`."""
+
+    def refuse(path: str, size_bytes: int) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(shm, "_map_file", refuse)
+    prefill, decode = start_prefill(SETTINGS), start_decode(SETTINGS)
+    try:
+        for number, invalid in enumerate(({20}, set())):
+            prefill.offer(f"t{number}", f"p{number}")
+            decode.receive(prefill.address, [20], num_tokens=4, transfer_id=f"t{number}")
+            prefill.compute([3], 5, f"p{number}")
+            assert decode.wait_finished(timeout_s=30) == invalid
+        assert_equal_blocks(prefill, decode, [(3, 20)])
+    finally:
+        prefill.agent.stop()
+        decode.agent.stop()
 
 
 def _prefill_process(settings: ConnectorSettings, pipe: Connection) -> None:

@@ -171,7 +171,7 @@ def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
         world.deliver_all()
         prefill.turn()
     assert f"d-{name}" in decode.waiting
-    world.calm(5)
+    world.calm(10)
     assert f"d-{name}" not in decode.waiting
     decode.check_nothing_left()
 
@@ -211,3 +211,56 @@ def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: Wo
     decode.drop(f"d-{name}")
     world.move_all()
     decode.check_nothing_left()
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+@pytest.mark.parametrize("bytes_first", [True, False])
+def test_bytes_that_nobody_wants_leave_room_for_those_that_are_wanted(world: World, bytes_first: bool) -> None:
+    """More transfers than D has slots are dropped when their bytes are on the way, and never a connection is lost."""
+    decode = world.decodes[0]
+    start(world, 1)
+    world.calm(10)
+    (pipe,) = world.network.pipes
+    for _ in range(6):
+        name = start(world, 1)
+        world.deliver_all()
+        push(world)
+        if bytes_first:
+            world.network.move_all()
+        decode.drop(f"d-{name}")
+        decode.step()
+        decode.turn()
+        world.deliver_all()
+        world.calm(3)
+    last = start(world, 1)
+    world.calm(10)
+    assert f"d-{last}" not in decode.waiting
+    assert world.network.pipes == [pipe]
+    assert not pipe.is_cut
+    assert decode.side.take_counters().kv_received_transfers == 2
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+def test_bytes_whose_pushes_are_lost_make_room_for_later_ones(world: World) -> None:
+    start(world, 1)
+    world.calm(10)
+    (pipe,) = world.network.pipes
+    start(world, 1)
+    world.deliver_all()
+    push(world)
+    world.network.move_all()
+    wire = next(iter(world.wires.values()))
+    wire.to_d.clear()
+    for _ in range(4):
+        last = start(world, 1)
+        world.deliver_all()
+        push(world)
+        world.network.move_all()
+        world.deliver_all()
+        world.decodes[0].turn()
+        world.move_all()
+        world.decodes[0].turn()
+        world.deliver_all()
+    world.decodes[0].step()
+    assert f"d-{last}" not in world.decodes[0].waiting
+    assert not pipe.is_cut

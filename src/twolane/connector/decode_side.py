@@ -85,7 +85,8 @@ class Read:
 
 
 class DecodeSide:
-    """Mutable state: open transfers, what is over but not reported, peers, gates, reads, peers being revoked."""
+    """Mutable state: open transfers, what is over but not reported, peers, gates, reads, peers being revoked, and which
+    transports don't work with some P."""
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class DecodeSide:
         self._gates: list[Gate] = []
         self._reads: list[Read] = []
         self._revoked: list[Peer] = []
+        self._unusable: dict[str, set[str]] = {}  # address -> transports that P chose and D can't attach
         self._landed: list[str] = []  # not reported yet
         self._stepping: list[str] = []  # reported, not computed with yet
 
@@ -235,7 +237,7 @@ class DecodeSide:
             except TransferError as error:
                 logger.error("no way to prefill instance: %s", error)
                 return None
-            channel = self._transports.open()
+            channel = self._transports.open(without=self._unusable.get(address, ()))
             self._peers[address] = Peer(address, channel, now_s, now_s)
             self._say(address, Hello(self._me, self._format, channel.offers))
         return self._peers[address]
@@ -264,6 +266,7 @@ class DecodeSide:
                 peer.channel.close()
 
     def on_peer_death(self, address: str, now_s: float) -> None:
+        self._unusable.pop(address, None)  # the next one there may be another
         self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)
 
     def _say(self, address: str, message: ToPrefill) -> None:
@@ -302,7 +305,8 @@ class DecodeSide:
         except ProcessLookupError:
             self._drop_peer(peer.address, Cause.PEER_DIED, f"prefill instance {peer.address} died", now_s)
         except TransferError as error:
-            logger.error("no transport to prefill instance %s: %s", peer.address, error)
+            logger.error("no %s to prefill instance %s: %s", welcome.transport.name, peer.address, error)
+            self._unusable.setdefault(peer.address, set()).add(welcome.transport.name)
             for transfer_id in peer.transfers:
                 self._say(peer.address, Cancel(transfer_id, str(error)))
             self._drop_peer(peer.address, Cause.UNREACHABLE, str(error), now_s)

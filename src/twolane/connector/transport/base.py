@@ -14,7 +14,7 @@ that was begun is a Ticket; `poll` marks it done. Tickets of one channel become 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -171,7 +171,9 @@ class ReceiveChannel(Protocol):
 class ReceiveTransports(Protocol):
     """All that one D worker can receive with."""
 
-    def open(self) -> ReceiveChannel: ...
+    def open(self, without: Container[str] = ()) -> ReceiveChannel:
+        """`without`: names of transports that didn't work with this P; heeded while there are others."""
+        ...
 
     def fence(self) -> Ticket:
         """Engine's thread: done when every forward pass launched so far is through. Blocks that the scheduler gives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Protocol
 
 from twolane.connector.agent import logger
@@ -54,6 +55,8 @@ class ReceiveHalf(Protocol):
 
 class ReceiveWay(Protocol):
     """One transport, D's half."""
+
+    name: str
 
     def open(self) -> ReceiveHalf: ...
 
@@ -156,8 +159,9 @@ class Receivers:
         self._ways = ways
         self.fence = copier.passes
 
-    def open(self) -> ReceiveChannel:
-        return Channel([way.open() for way in self._ways])
+    def open(self, without: Container[str] = ()) -> ReceiveChannel:
+        ways = [way for way in self._ways if way.name not in without] or self._ways
+        return Channel([way.open() for way in ways])
 
     def poll(self) -> None:
         self._copier.poll()

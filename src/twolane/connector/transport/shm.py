@@ -137,6 +137,8 @@ class ShmSendChannel:
 class ShmReceive(ReceiveWay):
     """D's half: a ShmReceiveHalf for each P."""
 
+    name = "shm"
+
     def __init__(self, layout: KVLayout, copier: Copier) -> None:
         self._layout = layout
         self._copier = copier

@@ -78,9 +78,11 @@ class TcpSend(SendWay):
         *,
         slot_bytes: int,
         num_slots: int,
+        chunk_bytes: int = CHUNK_BYTES,
         zero: bool = False,
     ) -> None:
         self.copier = copier
+        self.chunk_bytes = chunk_bytes
         self.slots = Slots(num_slots)
         self.zero = zero
         self._serve = serve
@@ -209,8 +211,8 @@ class TcpSendChannel:
         sent: list[IsSent] = []
         self._way.slots.occupy(load.index, lambda: not all(is_sent() for is_sent in sent))
         total = load.copied.size_bytes
-        for offset in range(0, total, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, total - offset)
+        for offset in range(0, total, self._way.chunk_bytes):
+            size = min(self._way.chunk_bytes, total - offset)
             data = self._way.staging.view(load.index, offset, size)
             if self._way.zero:
                 data[:] = bytes(size)

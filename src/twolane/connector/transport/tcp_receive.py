@@ -30,6 +30,8 @@ def tcp_receive(layout: KVLayout, copier: Copier, settings: ConnectorSettings, p
 class TcpReceive(ReceiveWay):
     """D's half. Mutable state: its halves, and the slots that it may still promise. A P beyond those gets one."""
 
+    name = "tcp"
+
     def __init__(
         self, layout: KVLayout, copier: Copier, client: DataClient, *, slot_bytes: int, num_slots: int
     ) -> None:

@@ -54,6 +54,8 @@ class ExportedMemory(msgspec.Struct, frozen=True):
 class IpcReceive(ReceiveWay):
     """D's half. Mutable state: the words of permission, and who has which. Owns their memory."""
 
+    name = "cuda_ipc"
+
     def __init__(self, layout: KVLayout) -> None:
         """Raises driver.DriverError where this memory can't be exported."""
         self._device = torch.device(layout.device)

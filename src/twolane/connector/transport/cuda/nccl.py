@@ -206,6 +206,8 @@ class NcclSendChannel:
 class NcclReceive(ReceiveWay):
     """D's half: an NcclReceiveHalf for each P."""
 
+    name = "nccl"
+
     def __init__(self, copier: CudaCopier) -> None:
         self._copier = copier
 
