@@ -40,6 +40,13 @@ def push(world: World) -> None:
     prefill.turn()
 
 
+def announce(world: World) -> None:
+    """D's passes in flight are through, so that its Announce is on its way; P hears it."""
+    world.move_all()
+    world.decodes[0].turn()
+    world.deliver_all()
+
+
 def deliver(world: World, kind: type, *, to_p: bool) -> None:
     """The first message of this kind, ahead of what was sent before it."""
     wire = next(iter(world.wires.values()))
@@ -223,7 +230,7 @@ def test_bytes_that_nobody_wants_leave_room_for_those_that_are_wanted(world: Wor
     (pipe,) = world.network.pipes
     for _ in range(6):
         name = start(world, 1)
-        world.deliver_all()
+        announce(world)
         push(world)
         if bytes_first:
             world.network.move_all()
@@ -246,14 +253,14 @@ def test_bytes_whose_pushes_are_lost_make_room_for_later_ones(world: World) -> N
     world.calm(10)
     (pipe,) = world.network.pipes
     start(world, 1)
-    world.deliver_all()
+    announce(world)
     push(world)
     world.network.move_all()
     wire = next(iter(world.wires.values()))
     wire.to_d.clear()
     for _ in range(4):
         last = start(world, 1)
-        world.deliver_all()
+        announce(world)
         push(world)
         world.network.move_all()
         world.deliver_all()
@@ -264,3 +271,36 @@ def test_bytes_whose_pushes_are_lost_make_room_for_later_ones(world: World) -> N
     world.decodes[0].step()
     assert f"d-{last}" not in world.decodes[0].waiting
     assert not pipe.is_cut
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+def test_a_lost_data_connection_is_made_again_while_messages_still_come_through(world: World) -> None:
+    start(world, 1)
+    world.calm(10)
+    world.network.pipes[0].cut()
+    start(world, 1)
+    world.calm(30)
+    start(world, 1)
+    world.calm(10)
+    assert not world.decodes[0].waiting
+    assert world.decodes[0].side.take_counters().kv_received_transfers >= 2
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+def test_a_slot_that_a_socket_still_reads_is_not_lent_again(world: World) -> None:
+    """P gives a D up that hangs; its bytes are still on their way."""
+    start(world, 1)
+    world.calm(10)
+    start(world, 1)
+    announce(world)
+    push(world)
+    (pipe,) = world.network.pipes
+    assert pipe.on_the_way
+    world.decodes[0].is_hung = True
+    world.pass_time(SETTINGS.peer_timeout_s + 0.1)
+    prefill = world.prefills[0]
+    prefill.turn()
+    assert not prefill.side._peers
+    assert prefill.tcp.free_slots == 3
+    world.network.move_all()
+    assert prefill.tcp.free_slots == 4

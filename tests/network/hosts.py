@@ -27,7 +27,7 @@ from typing import TypeVar
 T = TypeVar("T")
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x1, 0x1000
-_SUBNET = "10.77.0"
+SUBNET = "10.77.0.0/24"
 _START_S = 30.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,7 +63,7 @@ class Host:
     """A namespace, held by a process that ends when this one does. Owns its end of the network."""
 
     def __init__(self, number: int, mtu: int) -> None:
-        self.address = f"{_SUBNET}.{number}"
+        self.address = SUBNET.replace("0/24", str(number))
         self._holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.namespace = f"/proc/{self._holder.pid}/ns/net"
         self.tun = -1

@@ -10,7 +10,7 @@ import pytest
 
 from tests.engine.conftest import make_prompts
 from tests.engine.stack import Stack, complete, completion_body, difference, make_test_plan
-from tests.network.hosts import Host, Network, why_not
+from tests.network.hosts import SUBNET, Host, Network, why_not
 from twolane.launch.plan import ServiceSpec
 
 NO_HOSTS = why_not()
@@ -34,7 +34,7 @@ def on_host(spec: ServiceSpec, host: Host, proxy_host: Host, secret: Path) -> Se
     """The same service, listening at the host's address, and run there."""
     mine = [arg.replace("127.0.0.1", host.address) for arg in spec.argv]
     if spec.role == "proxy":
-        mine += ["--discovery-host", host.address, "--allow-network", f"{host.address}/24"]
+        mine += ["--discovery-host", host.address, "--allow-network", SUBNET]
         mine += ["--registration-secret-file", str(secret)]
     else:
         discovery = f'"discovery_address": "{host.address}'
