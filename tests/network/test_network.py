@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -12,6 +14,7 @@ from tests.connector.agents import BLOCK_SIZE, Memory, wait_for
 from tests.contract.target import TargetProcess
 from tests.gpu.peers import DecodePeer, PrefillPeer
 from tests.network.hosts import Network, Weather, made_in, why_not
+from twolane.connector import host
 from twolane.connector.settings import ConnectorSettings
 
 NO_HOSTS = why_not()
@@ -33,8 +36,8 @@ def network() -> Iterator[Network]:
 def processes(network: Network) -> Iterator[tuple[TargetProcess, TargetProcess]]:
     """P's on the first host, D's on the second."""
     made = [
-        TargetProcess(partial(made_in, host.namespace, peer))
-        for host, peer in zip(network.hosts, (PrefillPeer, DecodePeer), strict=True)
+        TargetProcess(partial(made_in, one.namespace, peer))
+        for one, peer in zip(network.hosts, (PrefillPeer, DecodePeer), strict=True)
     ]
     yield made[0], made[1]
     for process in made:
@@ -47,8 +50,8 @@ class Lanes:
     def __init__(self, network: Network, processes: tuple[TargetProcess, TargetProcess], **deadlines: float) -> None:
         self.prefill, self.decode = processes
         settings = [
-            ConnectorSettings(host=host.address, slot_bytes=64 << 10, num_slots=4, **deadlines)  # type: ignore[arg-type]
-            for host in network.hosts
+            ConnectorSettings(host=one.address, slot_bytes=64 << 10, num_slots=4, **deadlines)  # type: ignore[arg-type]
+            for one in network.hosts
         ]
         self.address = self.prefill.start(settings[0], MEMORY)
         self.decode.start(settings[1], MEMORY)
@@ -83,11 +86,21 @@ def lanes(
     made.decode.end()
 
 
+@pytest.mark.parametrize("border", [["--net"], ["--ipc"], ["--user"], ["--pid", "--fork"], []], ids=" ".join)
+def test_a_containers_border_makes_another_host(border: list[str]) -> None:
+    program = f"import runpy; print(runpy.run_path({host.__file__!r})['host_identity']())"
+    there = subprocess.run(
+        ["unshare", *border, sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (there.stdout.strip() == host.host_identity()) == (not border)
+
+
 def test_two_hosts_on_one_machine_use_tcp_and_every_byte_arrives(lanes: Lanes) -> None:
     for number in range(3):
         lanes.begin(f"t{number}")
         assert lanes.end(f"t{number}") == []
         lanes.check_contents(but_for=[])
+    assert lanes.prefill.channels() == ["TcpSendChannel"]
     assert lanes.decode.received_bytes() == 3 * MEMORY.num_blocks * BLOCK_SIZE * MEMORY.width * 2 * 4 * MEMORY.layers
 
 
