@@ -34,7 +34,7 @@ from twolane.connector.host import host_identity
 from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.trace import Trace
+from twolane.connector.story import Story
 from twolane.connector.transport.base import Ticket
 from twolane.connector.transport.hub import Receivers, Senders, SendWay
 from twolane.connector.transport.shm import ShmSend
@@ -146,7 +146,7 @@ class Prefill(Worker):
         made: dict[Way, SendWay] = {"direct": DirectSend(self.copier), "shm": self.shm, "tcp": self.tcp}
         ways = [made[way]]
         self.side = PrefillSide(
-            SETTINGS, self.identity, FORMAT, LAYERS, Senders(self.copier, ways), self, Trace("", "P", 0)
+            SETTINGS, self.identity, FORMAT, LAYERS, Senders(self.copier, ways), self, Story("P", 0)
         )
         self.running: dict[str, PrefillRequest] = {}
         self.held: dict[str, list[int]] = {}  # ended; the transfer has the blocks
@@ -250,7 +250,7 @@ class Decode(Worker):
         self.client = SimClient(world.network)
         self.tcp = TcpReceive(LAYOUT, self.copier, self.client, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
         receivers = Receivers(self.copier, [self.direct, SimShmReceive(LAYOUT, self.copier), self.tcp])
-        self.side = DecodeSide(SETTINGS, self.identity, FORMAT, LAYERS, 0, receivers, self, Trace("", "D", 0))
+        self.side = DecodeSide(SETTINGS, self.identity, FORMAT, LAYERS, 0, receivers, self, Story("D", 0))
         self.sockets: dict[str, Wire] = {}
         self.blocks: dict[str, list[int]] = {}  # of every request
         self.waiting: dict[str, Handoff] = {}  # until it is reported

@@ -6,13 +6,15 @@ Runs on the engine's thread; each side owns its dictionaries and builds one Step
 from __future__ import annotations
 
 import hashlib
+import time
+import uuid
 from array import array
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from twolane.connector.agent import logger
-from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
+from twolane.connector.plan import Advance, Drop, Ended, Finish, Offer, Receive, StepPlan
 from twolane.protocol import HandoffParams, Role, params_from_request_id, split_address
 
 if TYPE_CHECKING:
@@ -59,12 +61,15 @@ class DecodeScheduler:
         self._block_size = block_size
         self._fresh: dict[str, HandoffParams] = {}  # seen, no blocks yet
         self._waiting: dict[str, HandoffParams] = {}  # announced, not finished
+        self._told: dict[str, str] = {}  # whose end somebody wants to hear of: their transfer ids
         self._plan = StepPlan()
 
     def on_new_request(self, request: Request) -> None:
         params = handoff_params(request, "D")
         if params is not None and params.do_remote_prefill and request.prompt_token_ids:
             self._fresh[request.request_id] = params
+            if params.story:
+                self._told[request.request_id] = params.transfer_id
 
     def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """All of the prompt but its last token, which D computes itself to get the first output token."""
@@ -94,15 +99,18 @@ class DecodeScheduler:
                 first_block,
                 block_ids[first_block:end_block],
                 prompt_digest(request),
+                params.story,
             )
         )
 
-    def request_finished(self, request: Request) -> bool:
+    def request_finished(self, request: Request) -> tuple[bool, None]:
         """vLLM itself keeps the blocks of a request that still waits until the worker reports it as received."""
         params = self._fresh.pop(request.request_id, None) or self._waiting.pop(request.request_id, None)
         if params is not None:
             self._plan.drop.append(Drop(params.transfer_id, params.remote_address, "the request ended"))
-        return False
+        if transfer_id := self._told.pop(request.request_id, None):
+            self._plan.ended.append(Ended(transfer_id, time.monotonic()))
+        return False, None
 
     def on_worker_output(self, output: KVConnectorOutput) -> None:
         for req_id in output.finished_recving or ():
@@ -116,24 +124,36 @@ class DecodeScheduler:
 class PrefillScheduler:
     """P's side. Every request that hands off keeps its blocks until the worker says that nobody reads them."""
 
-    def __init__(self) -> None:
-        self._offered: set[str] = set()
+    def __init__(self, control_address: str) -> None:
+        self._control_address = control_address
+        self._offered: dict[
+            str, HandoffParams | None
+        ] = {}  # what P's answer tells the proxy to hand on to D, if anything
         self._plan = StepPlan()
 
     def on_new_request(self, request: Request) -> None:
-        params = handoff_params(request, "P")
-        if params is not None and params.do_remote_decode:
-            self._offered.add(request.request_id)
-            self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request)))
+        for_decode = self._mint(request)
+        params = for_decode or handoff_params(request, "P")
+        if params is not None and (for_decode or params.do_remote_decode):
+            self._offered[request.request_id] = for_decode
+            self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request), params.story))
 
-    def request_finished(self, request: Request) -> bool:
+    def _mint(self, request: Request) -> HandoffParams | None:
+        """For a proxy that speaks as to vLLM's NixlConnector: it asks P for parameters and passes them on to D as they
+        are."""
+        raw = request.kv_transfer_params
+        if not raw or "transfer_id" in raw or raw.get("do_remote_decode") is not True:
+            return None
+        return HandoffParams(uuid.uuid4().hex, self._control_address, do_remote_prefill=True)
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         if request.request_id not in self._offered:
-            return False
-        self._offered.remove(request.request_id)
+            return False, None
+        for_decode = self._offered.pop(request.request_id)
         computed = request.num_computed_tokens >= request.num_prompt_tokens
         ok = computed and request.status.name in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
         self._plan.finish.append(Finish(request.request_id, ok))
-        return True
+        return True, msgspec.to_builtins(for_decode) if for_decode and ok else None
 
     def take_plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
         plan, self._plan = self._plan, StepPlan()

@@ -25,7 +25,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc` or `shm` on one host, `nccl` or
     `tcp` between two.
     `slot_bytes`, `num_slots`: P's staging memory, and D's for `tcp`: what it may hold; 0: what suits the device.
-    `trace_file`: for benchmarks; see trace.Trace.
+    `trace_file`: for benchmarks; see story.Story.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
     `drop_tenth` makes P lose every tenth message to D.
     """
