@@ -17,16 +17,21 @@ from twolane.errors import (
     TooBusyError,
     UnauthorizedError,
 )
+from twolane.power.report import PowerCollector
 from twolane.proxy.admission import Admission
 from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
+from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
+from twolane.proxy.instance_pages import PREFIX, InstancePages
 from twolane.proxy.kinds import HANDOVERS
+from twolane.proxy.metrics import CONTENT_TYPE, InstanceCollector, RequestCollector, exposition, make_registry
 from twolane.proxy.pages import Page, Pages
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
+from twolane.proxy.power import Power
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
@@ -55,20 +60,30 @@ _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
-    def __init__(self, upstreams: Upstreams, stats: Stats, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, upstreams: Upstreams, stats: Stats, engines: Engines, power: Power, tracer: Tracer | None = None
+    ) -> None:
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
+        self._engines = engines
+        self._power = power
         self._tracer = tracer
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
-        # Load balancers ask for /health without a key.
+        self._registry = make_registry(
+            RequestCollector(stats, self._admission, HANDOFF_PATHS),
+            InstanceCollector(upstreams.pool, engines),
+            PowerCollector(power.latest),
+        )
         self._pages = Pages(
             [
-                Page("/health", self._health, is_public=True),
+                Page("/health", self._health, is_public=True),  # load balancers ask without a key
                 Page("/stats", self._report),
+                Page("/metrics", self._metrics),
+                Page(PREFIX, InstancePages(upstreams.pool, engines).answer),
                 Page("/stats/requests/", self._story),
             ]
         )
@@ -169,10 +184,14 @@ class App:
 
     async def _report(self, _request: Request, responder: Responder, _rest: str) -> None:
         now = monotonic()
-        instances = [instance_dict(instance, now) for instance in self._upstreams.pool]
+        instances = [instance_dict(instance, now, self._engines.latest(instance)) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
-        responder.send_json(200, report | self._stats.as_dict())
+        responder.send_json(200, report | self._power.as_dict() | self._stats.as_dict())
+
+    async def _metrics(self, _request: Request, responder: Responder, _rest: str) -> None:
+        await self._engines.refresh()
+        responder.send(200, [(b"content-type", CONTENT_TYPE)], await exposition(self._registry))
 
     async def _story(self, _request: Request, responder: Responder, rest: str) -> None:
         responder.send_json(200, self._stats.stories.story(unquote(rest)))
