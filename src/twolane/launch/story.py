@@ -23,7 +23,7 @@ WORDS = {
     "admitted": "its turn came",
     "prefill_sent": "P's leg is on its way",
     "decode_sent": "D's leg is on its way",
-    "prefill_accepted": "P's scheduler took it up, its first step begins",
+    "prefill_accepted": "P's first step with it begins",
     "allocated": "D's scheduler gave it blocks",
     "announced": "D told P where they are",
     "announce_heard": "P knows",
