@@ -16,7 +16,7 @@ from tests.connector.agents import SETTINGS, Memory, wait_for
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
 from twolane.connector.transport.base import Ticket, select_items
-from twolane.connector.transport.data_sockets import ZmqClient
+from twolane.connector.transport.data_sockets import ZmqClient, ZmqServer
 from twolane.connector.transport.frames import ALIVE, CHUNK_BYTES, FrameError, Head, Seal, checksum
 from twolane.connector.transport.inbox import Inbox, Size
 from twolane.connector.transport.select import senders_for
@@ -298,3 +298,34 @@ def test_a_pair_that_never_meets_is_given_up() -> None:
     assert time.monotonic() - started_s >= 2.0
     assert channel.push(ITEMS, ITEMS, senders.fence()).error
     senders.close()
+
+
+def test_what_a_d_does_not_take_waits_at_p_and_not_in_ds_memory() -> None:
+    server, client = ZmqServer("127.0.0.1", 60.0, None), ZmqClient(60.0, None)
+    line = server.admit(TOKEN)
+    receiving = client.join(server.address, TOKEN)
+
+    def is_joined() -> bool:
+        server.poll()
+        return line.is_joined
+
+    wait_for(is_joined, 30)
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    sent = [line.send(b"head", chunk) for _ in range(400)]  # of 200 MiB; the system's buffers hold some
+
+    def num_sent() -> int:
+        return sum(is_sent() for is_sent in sent)
+
+    wait_for(lambda: num_sent() > 0, 30)
+    assert num_sent() < len(sent)
+    into = memoryview(bytearray(CHUNK_BYTES))
+
+    def takes_all() -> bool:
+        while receiving.next_head() is not None:
+            assert receiving.take(into) == CHUNK_BYTES
+        return num_sent() == len(sent)
+
+    wait_for(takes_all, 60)
+    receiving.close()
+    server.close()
+    client.close()

@@ -29,10 +29,17 @@ def listen(
 
 
 def connect(
-    context: ZmqContext, address: str, *, max_bytes: int = MAX_CONTROL_BYTES, timeout_s: float = LINK_TIMEOUT_S
+    context: ZmqContext,
+    address: str,
+    *,
+    max_bytes: int = MAX_CONTROL_BYTES,
+    timeout_s: float = LINK_TIMEOUT_S,
+    receive_ahead: int = 1000,
 ) -> ZmqSocket:
-    """A DEALER to `host:port`; doesn't wait for the other side. Raises zmq.ZMQError if that is no address."""
+    """A DEALER to `host:port`; doesn't wait for the other side. `receive_ahead`: messages that wait to be taken.
+    Raises zmq.ZMQError if that is no address."""
     socket = _make(context, zmq.DEALER, address, max_bytes, timeout_s)
+    socket.setsockopt(zmq.RCVHWM, receive_ahead)  # before it connects, or it counts for nothing
     try:
         socket.connect(f"tcp://{address}")
     except zmq.ZMQError:

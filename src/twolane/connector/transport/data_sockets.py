@@ -182,10 +182,15 @@ class ZmqClient:
         assert len(token) == TOKEN_BYTES
         self._context = self._context or zmq.Context(io_threads=1)
         try:
-            socket = sockets.connect(self._context, address, max_bytes=MAX_DATA_BYTES, timeout_s=self._timeout_s)
+            socket = sockets.connect(
+                self._context,
+                address,
+                max_bytes=MAX_DATA_BYTES,
+                timeout_s=self._timeout_s,
+                receive_ahead=_RECEIVE_AHEAD,
+            )
         except zmq.ZMQError as error:
             raise TransferError(f"can't connect to {address} for data: {error.strerror}") from error
-        socket.setsockopt(zmq.RCVHWM, _RECEIVE_AHEAD)
         socket.send(token)
         return ZmqReceiveLine(socket, self._poller)
 
