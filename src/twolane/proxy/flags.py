@@ -30,6 +30,7 @@ def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequenc
         max_in_flight=settings.max_in_flight,
         max_queued=settings.max_queued,
         queue_timeout_s=settings.queue_timeout,
+        log_dir=settings.log_dir,
     )
 
 

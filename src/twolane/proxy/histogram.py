@@ -32,6 +32,24 @@ class Histogram:
                 return round(min(middle_us / 1e3, self._longest_s * 1e3), 3)
         return None
 
+    def copy(self) -> Histogram:
+        """As it is now: `since` tells later what has come in between."""
+        twin = Histogram()
+        twin._counts = self._counts.copy()
+        twin._longest_s = self._longest_s
+        return twin
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """Only the samples that came after the copy was made. Their longest isn't known: it is that of all."""
+        later = Histogram()
+        later._counts = [now - then for now, then in zip(self._counts, earlier._counts, strict=True)]
+        later._longest_s = self._longest_s
+        return later
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
     def as_dict(self) -> dict[str, float | int | None]:
         percentiles = {f"p{round(f * 100)}": self.percentile_ms(f) for f in (0.5, 0.9, 0.99)}
         return {"count": sum(self._counts), **percentiles, "max": round(self._longest_s * 1e3, 3)}

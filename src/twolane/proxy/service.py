@@ -64,6 +64,7 @@ class Service:
         self._background = [
             self._tasks.create_task(health.run(self.pool, self._client)),
             self._tasks.create_task(self._server.sweep()),
+            self._tasks.create_task(self._app.dashboard.run()),
         ]
         await self._server.start(listener)
         self._discovery.start()
@@ -72,7 +73,7 @@ class Service:
 
     def stop_accepting(self) -> None:
         """No new connections, no new work; what is being answered goes on."""
-        self._app.draining = True
+        self._app.drain()
         self._server.stop_accepting()
 
     async def drained(self) -> None:

@@ -32,6 +32,7 @@ class RequestRecord:
     status: int = 0
     outcome: str = "open"
     attempts: int = 0
+    serial: int = 0  # numbers those that ask for an engine's work
     prefill_done_at: float | None = None
     first_byte_at: float | None = None
     ended_at: float | None = None
@@ -63,43 +64,45 @@ class Stats:
 
     def __init__(self, started_at: float) -> None:
         self.started_at = started_at
-        self._requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
-        self._alone: Counter[str] = Counter()
-        self._recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
-        self._ttft = Histogram()
+        self.requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
+        self.alone: Counter[str] = Counter()
+        self.recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
+        self.ttft = Histogram()
         self._end_to_end = Histogram()
         self._handoff = Histogram()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
+        self.num_ended = 0
 
     def ended(self, record: RequestRecord) -> None:
         """The client's part is over. P's last word may still be written into the record."""
-        self._requests[record.route, record.outcome] += 1
+        self.num_ended += 1
+        self.requests[record.route, record.outcome] += 1
         if record.alone_because:
-            self._alone[record.alone_because] += 1
-        self._recent.append(record)
+            self.alone[record.alone_because] += 1
+        self.recent.append(record)
         if record.outcome == "ok" and record.ended_at is not None:
             self._end_to_end.add(record.ended_at - record.started_at)
             if record.stream and record.first_byte_at is not None:
-                self._ttft.add(record.first_byte_at - record.started_at)
+                self.ttft.add(record.first_byte_at - record.started_at)
                 if record.prefill_done_at is not None:
                     self._handoff.add(record.first_byte_at - record.prefill_done_at)
 
     def as_dict(self) -> dict[str, Any]:
         requests: dict[str, dict[str, int]] = {}
-        for (route, outcome), count in sorted(self._requests.items()):
+        for (route, outcome), count in sorted(self.requests.items()):
             requests.setdefault(route, {})[outcome] = count
         return {
             "requests": requests,
-            "decode_alone": dict(self._alone),
+            "decode_alone": dict(self.alone),
             "latency_ms": {
-                "ttft": self._ttft.as_dict(),  # streams only, as the next two
+                "ttft": self.ttft.as_dict(),  # streams only, as the next two
                 "itl": self.gaps.as_dict(),
                 "handoff": self._handoff.as_dict(),  # end of P's answer to D's first byte
                 "end_to_end": self._end_to_end.as_dict(),
             },
             "registrations_refused": self.num_registrations_refused,
-            "recent": [record.as_dict() for record in self._recent],
+            "recent": [record.as_dict() for record in self.recent],
         }
 
 
