@@ -85,9 +85,9 @@ def says(sight: Sight, alone: tuple[int, Counter[str]]) -> dict[str, Any]:
     notes = [sentence(reason)] if reason else []
     notes += [f"{i.name}: {i.problem}" for i in sight.pool if i.problem]
     notes += _alone_note(*alone)
-    counts = [_count(sight.pool, "P", "prefill"), _count(sight.pool, "D", "decode")]
-    many = sum(i.state is State.READY for i in sight.pool) != 1
-    text = f"{counts[0]} and {counts[1]} instance{'s are' if many else ' is'} ready, {_requests(sight.admission)}."
+    lanes = f"{_count(sight.pool, 'P', 'prefill')} and {_count(sight.pool, 'D', 'decode')}"
+    last = sum(i.role == "D" for i in sight.pool)
+    text = f"{lanes} instance{'' if last == 1 else 's'} ready, {_requests(sight.admission)}."
     return {"status": status, "text": text, "notes": notes}
 
 
