@@ -1,4 +1,4 @@
-"""A proxy process and scripted instances, driven from tests that are not asynchronous themselves, as the browser's are."""
+"""A proxy process and scripted instances, for tests that are not asynchronous themselves, as a browser's are."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
-from tests.proxy.scripted import MODEL, Behaviour, Call, ScriptedInstance, answer, chunk
 
+from tests.proxy.scripted import MODEL, Behaviour, Call, ScriptedInstance, answer, chunk
 from twolane.protocol import Load, Role
 
 T = TypeVar("T")
@@ -127,10 +126,8 @@ class Stage:
         assert self._process is not None
         assert self._process.poll() is None, self._log.read_text()
         try:
-            urllib.request.urlopen(self.url + "/health", timeout=5).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-        except OSError:
+            httpx.get(self.url + "/health", trust_env=False)
+        except httpx.TransportError:
             return False
         return True
 
@@ -141,8 +138,15 @@ class Stage:
         self._process = None
         return code
 
-    def log_text(self) -> str:
-        return self._log.read_text()
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The proxy is there and does nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def add(self, role: Role, name: str, behave: Behaviour = answer, **more: Any) -> Actor:
         instance = self.instances[name] = Actor(role, behave, name)

@@ -8,6 +8,7 @@ const STATES = {
   leaving: ["▷", "leaving"],
   gone: ["○", "gone"],
 };
+const DENSE_ABOVE = 5; // instances of a lane: then only what matters most of each
 const GHOST_MS = 60_000; // one that the proxy has forgotten is still shown for so long
 const keyOf = (instance) => `${instance.role} ${instance.address}`;
 
@@ -54,6 +55,7 @@ export class Lanes {
     }
     this.#hasBegun = true;
     for (const role of ["P", "D"]) this.#sum(role, power);
+    $("road").classList.toggle("dense", Math.max(this.all("P").length, this.all("D").length) > DENSE_ABOVE);
     const empty = instances.length === 0 && this.#cards.size === 0;
     text($("lanes-hint"), empty ? "No instance has registered yet." : "");
   }
@@ -130,7 +132,7 @@ class Card {
     this.log.setAttribute("aria-label", `Log of ${instance.name}`);
     text(this.flight, instance.in_flight);
     const waiting = instance.engine?.waiting ?? instance.load?.num_waiting ?? 0;
-    text(this.others, [waiting ? `${count(waiting)} waiting` : "", instance.foreign ? `${instance.foreign} others'` : ""].filter(Boolean).join(", "));
+    text(this.others, [waiting ? `${count(waiting)} waiting` : "", instance.foreign ? `+${instance.foreign} from others` : ""].filter(Boolean).join(", "));
     this.#showKv(instance);
     this.#showPower(instance, power);
   }
