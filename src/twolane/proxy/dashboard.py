@@ -40,7 +40,7 @@ class Dashboard:
 
     def __init__(self, sight: Sight) -> None:
         self._sight = sight
-        self._history = History(sight.stats)
+        self.history = History(sight.stats)
         self._watchers: dict[Responder, asyncio.Future[None]] = {}
         self._sample_at = monotonic()
         self._closed = False
@@ -68,6 +68,10 @@ class Dashboard:
         finally:
             self._watchers.pop(responder, None)
 
+    @property
+    def num_watchers(self) -> int:
+        return len(self._watchers)
+
     def close(self) -> None:
         """Sends everybody away. Idempotent."""
         self._closed = True
@@ -94,7 +98,7 @@ class Dashboard:
             return
         self._sample_at = max(self._sample_at + SAMPLE_EVERY_S, now)  # seconds that were missed stay missed
         admission = self._sight.admission
-        sample = self._history.take(now, admission.in_flight, admission.queued, {})
+        sample = self.history.take(now, admission.in_flight, admission.queued, {})
         if self._watchers:
             self._tell("sample", {"now": now, "sample": sample} | self._state(now))
 
@@ -105,7 +109,7 @@ class Dashboard:
             "version": __version__,
             "uptime_s": now - stats.started_at,
             "window_s": WINDOW_S,
-            "samples": list(self._history.samples),
+            "samples": list(self.history.samples),
             "open": list(self._open.values()),
             "ended": picture.ended_requests(stats, 0, _NUM_RECENT),
         } | self._state(now)
@@ -114,7 +118,7 @@ class Dashboard:
         sight = self._sight
         return {
             "instances": picture.instances(sight.pool, now),
-            "says": picture.says(sight, self._history.alone()),
+            "says": picture.says(sight, self.history.alone()),
             "in_flight": sight.admission.in_flight,
             "queued": sight.admission.queued,
         }
@@ -137,9 +141,10 @@ class Dashboard:
 
     def _tell(self, name: str, value: dict[str, Any]) -> None:
         data = event(name, value)
-        for responder, gone in self._watchers.items():
+        for responder, gone in list(self._watchers.items()):
             if responder.paused:  # it hasn't read what it has: it gets no more, comes back, and begins anew
                 responder.abort()
+                del self._watchers[responder]
                 _leave(gone)
             else:
                 responder.write(data)

@@ -16,6 +16,7 @@ from twolane.config import ProxySettings, StaticInstance
 from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
+from twolane.proxy.dashboard import Dashboard
 from twolane.proxy.discovery import Discovery
 from twolane.proxy.health import Health
 from twolane.proxy.http_client import HttpClient
@@ -64,12 +65,16 @@ class Service:
         self._background = [
             self._tasks.create_task(health.run(self.pool, self._client)),
             self._tasks.create_task(self._server.sweep()),
-            self._tasks.create_task(self._app.dashboard.run()),
+            self._tasks.create_task(self.dashboard.run()),
         ]
         await self._server.start(listener)
         self._discovery.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
+
+    @property
+    def dashboard(self) -> Dashboard:
+        return self._app.dashboard
 
     def stop_accepting(self) -> None:
         """No new connections, no new work; what is being answered goes on."""
