@@ -62,9 +62,14 @@ class ProxySettings:
     registration_expiry_s: float = 15.0
     drain_timeout_s: float = 30.0  # SIGTERM to exit, while streams end
     health_timeout_s: float = 5.0  # one probe
+    engines_every_s: float = 5.0  # each instance's own /metrics is read
+    engines_watched_every_s: float = 1.0  # the same while somebody watches; older numbers are no answer to a scrape
+    engines_timeout_s: float = 5.0  # one such page
+    engines_wait_s: float = 1.0  # a scrape of ours waits so long for new numbers
     prefill_linger_s: float = 1.0  # P's answer, after D's has ended: later than that its leg is cut
     upstream_idle_s: float = 4.0  # a kept-alive connection to an instance; vLLM's server closes its own after 5 s
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
+    max_engine_page_bytes: int = 2 * 1024 * 1024  # of an instance's /metrics
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     log_dir: Path | None = None  # where the launcher keeps the instances' logs, for the dashboard

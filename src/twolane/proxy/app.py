@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from time import monotonic
 
+from prometheus_client.registry import Collector
+
 from twolane import __version__
 from twolane.errors import (
     BadRequestError,
@@ -22,10 +24,13 @@ from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
 from twolane.proxy.dashboard import Dashboard
+from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
+from twolane.proxy.instance_pages import PREFIX, InstancePages
 from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.log_tail import InstanceLogs
+from twolane.proxy.metrics import CONTENT_TYPE, InstanceCollector, RequestCollector, exposition, make_registry
 from twolane.proxy.pages import Page, Pages
 from twolane.proxy.picture import Sight
 from twolane.proxy.policy import Ask
@@ -58,18 +63,27 @@ _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
-    def __init__(self, upstreams: Upstreams, stats: Stats) -> None:
+    def __init__(
+        self, upstreams: Upstreams, stats: Stats, engines: Engines, collectors: Sequence[Collector] = ()
+    ) -> None:
+        """`collectors` add to what /metrics shows."""
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
+        self._engines = engines
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
         self._in_flight: dict[int, Handoff] = {}  # by serial, the oldest first
         self._serials = itertools.count(1)
-        self.dashboard = Dashboard(Sight(upstreams.pool, stats, self._admission, self._in_flight, self._judge))
+        self.dashboard = Dashboard(Sight(upstreams.pool, stats, self._admission, engines, self._in_flight, self._judge))
         logs, files = InstanceLogs(settings.log_dir, upstreams.pool), WebFiles()
+        self._registry = make_registry(
+            RequestCollector(stats, self._admission, HANDOFF_PATHS),
+            InstanceCollector(upstreams.pool, engines),
+            *collectors,
+        )
         self._pages = Pages(
             [
                 Page("/health", self._health, is_public=True),  # load balancers ask without a key
@@ -78,6 +92,8 @@ class App:
                 Page("/dashboard/", files.asset, is_public=True),
                 Page("/dashboard/events", self.dashboard.events),
                 Page("/dashboard/logs/", logs.answer),
+                Page("/metrics", self._metrics),
+                Page(PREFIX, InstancePages(upstreams.pool, engines).answer),
             ]
         )
 
@@ -185,10 +201,14 @@ class App:
 
     async def _report(self, _request: Request, responder: Responder, _rest: str) -> None:
         now = monotonic()
-        instances = [instance_dict(instance, now) for instance in self._upstreams.pool]
+        instances = [instance_dict(instance, now, self._engines.latest(instance)) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
         responder.send_json(200, report | self._stats.as_dict())
+
+    async def _metrics(self, _request: Request, responder: Responder, _rest: str) -> None:
+        await self._engines.refresh()
+        responder.send(200, [(b"content-type", CONTENT_TYPE)], await exposition(self._registry))
 
 
 def _request_id(request: Request) -> str:

@@ -64,7 +64,8 @@ class Dashboard:
         responder.write(event("hello", self._hello(monotonic())))
         self._watchers[responder] = gone
         try:
-            await gone
+            with self._sight.engines.watching():
+                await gone
         finally:
             self._watchers.pop(responder, None)
 
@@ -98,7 +99,7 @@ class Dashboard:
             return
         self._sample_at = max(self._sample_at + SAMPLE_EVERY_S, now)  # seconds that were missed stay missed
         admission = self._sight.admission
-        sample = self.history.take(now, admission.in_flight, admission.queued, {})
+        sample = self.history.take(now, admission.in_flight, admission.queued, picture.generated(self._sight))
         if self._watchers:
             self._tell("sample", {"now": now, "sample": sample} | self._state(now))
 
@@ -117,7 +118,7 @@ class Dashboard:
     def _state(self, now: float) -> dict[str, Any]:
         sight = self._sight
         return {
-            "instances": picture.instances(sight.pool, now),
+            "instances": picture.instances(sight, now),
             "says": picture.says(sight, self.history.alone()),
             "in_flight": sight.admission.in_flight,
             "queued": sight.admission.queued,

@@ -7,6 +7,7 @@ import logging
 from time import monotonic
 
 from twolane.errors import NoInstanceError, StaleConnectionError, TooBusyError, TwoLaneError, UpstreamError
+from twolane.protocol import Role
 from twolane.proxy.attempt import Attempt, Job, Upstreams
 from twolane.proxy.headers import HOP_BY_HOP, Headers, end_to_end
 from twolane.proxy.legs import Verdict
@@ -36,6 +37,7 @@ class Handoff:
         self._stats = stats
         self._tried = Tried()
         self._last_error: UpstreamError | None = None
+        self._retried: tuple[Role, str] | None = None  # whose failure, of what cause, the next attempt makes up for
         self._may_be_stale = True  # a stale connection is forgiven once
         self._headers: Headers = [(b"x-request-id", record.request_id.encode("latin-1"))]
 
@@ -90,6 +92,8 @@ class Handoff:
         record.decode = route.decode.address
         record.prefill = route.prefill.address if route.prefill is not None else ""
         record.alone_because = route.alone_because
+        if self._retried is not None:
+            self._stats.retries[self._retried] += 1
 
     def _learn(self, verdict: Verdict, attempt: Attempt) -> None:
         """Draws the conclusion from a failed attempt, before the next."""
@@ -105,6 +109,7 @@ class Handoff:
             culprit.address,
             error,
         )
+        self._retried = (culprit.role, error.cause)
         if isinstance(error, StaleConnectionError) and self._may_be_stale:
             self._may_be_stale = False
             self._tried.attempts -= 1

@@ -9,7 +9,9 @@ from itertools import islice
 from typing import Any
 
 from twolane.proxy.admission import Admission
+from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff
+from twolane.proxy.history import Generated
 from twolane.proxy.pool import Pool, State
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
 
@@ -31,12 +33,23 @@ class Sight:
     pool: Pool
     stats: Stats
     admission: Admission
+    engines: Engines
     in_flight: Mapping[int, Handoff]  # by serial, the oldest first
     judge: Callable[[], tuple[str, str | None]]  # health, and why it isn't `ok`
 
 
-def instances(pool: Pool, now: float) -> list[dict[str, Any]]:
-    return [instance_dict(instance, now) for instance in pool]
+def instances(sight: Sight, now: float) -> list[dict[str, Any]]:
+    return [instance_dict(instance, now, sight.engines.latest(instance)) for instance in sight.pool]
+
+
+def generated(sight: Sight) -> Generated:
+    """By the decode instances: P computes a token of every prompt, too, that nobody gets."""
+    told = {(i.address, i.epoch): sight.engines.latest(i) for i in sight.pool if i.role == "D"}
+    return {
+        engine: (numbers.at, numbers.generated_tokens)
+        for engine, numbers in told.items()
+        if numbers is not None and numbers.generated_tokens is not None
+    }
 
 
 def marks_of(pool: Pool) -> list[tuple[object, ...]]:

@@ -18,6 +18,7 @@ from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
 from twolane.proxy.dashboard import Dashboard
 from twolane.proxy.discovery import Discovery
+from twolane.proxy.engines import Engines
 from twolane.proxy.health import Health
 from twolane.proxy.http_client import HttpClient
 from twolane.proxy.http_server import HttpServer
@@ -58,7 +59,8 @@ class Service:
         await self._tasks.__aenter__()
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
-        self._app = App(upstreams, stats)
+        self.engines = Engines(settings, self.pool, self._client, self._tasks)
+        self._app = App(upstreams, stats, self.engines)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
@@ -66,6 +68,7 @@ class Service:
             self._tasks.create_task(health.run(self.pool, self._client)),
             self._tasks.create_task(self._server.sweep()),
             self._tasks.create_task(self.dashboard.run()),
+            self._tasks.create_task(self.engines.run()),
         ]
         await self._server.start(listener)
         self._discovery.start()
@@ -93,6 +96,7 @@ class Service:
         await self._server.close_connections()
         for task in self._background:
             task.cancel()
+        self.engines.close()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
 

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from twolane.protocol import Role
+from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
 
 logger = logging.getLogger(__name__)
 
 _NUM_RECENT = 100
+LANES: dict[Role, str] = {"P": "prefill", "D": "decode"}
+# How a request may end. `open` is for those that haven't.
+OUTCOMES = (
+    "ok",
+    "rejected",  # the client's fault, by our word or an instance's
+    "too_busy",
+    "no_instance",
+    "upstream_failed",
+    "decode_died",  # in the middle of its answer
+    "client_left",
+    "client_stalled",
+    "cancelled",
+)
 
 
 @dataclass(slots=True)
@@ -66,10 +82,11 @@ class Stats:
         self.started_at = started_at
         self.requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
         self.alone: Counter[str] = Counter()
+        self.retries: Counter[tuple[Role, str]] = Counter()  # attempts after the first, by whose failure and its cause
         self.recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
         self.ttft = Histogram()
-        self._end_to_end = Histogram()
-        self._handoff = Histogram()
+        self.end_to_end = Histogram()
+        self.handoff = Histogram()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
         self.num_ended = 0
@@ -82,28 +99,33 @@ class Stats:
             self.alone[record.alone_because] += 1
         self.recent.append(record)
         if record.outcome == "ok" and record.ended_at is not None:
-            self._end_to_end.add(record.ended_at - record.started_at)
+            self.end_to_end.add(record.ended_at - record.started_at)
             if record.stream and record.first_byte_at is not None:
                 self.ttft.add(record.first_byte_at - record.started_at)
                 if record.prefill_done_at is not None:
-                    self._handoff.add(record.first_byte_at - record.prefill_done_at)
+                    self.handoff.add(record.first_byte_at - record.prefill_done_at)
 
     def as_dict(self) -> dict[str, Any]:
-        requests: dict[str, dict[str, int]] = {}
-        for (route, outcome), count in sorted(self.requests.items()):
-            requests.setdefault(route, {})[outcome] = count
         return {
-            "requests": requests,
+            "requests": nested((route, outcome, count) for (route, outcome), count in self.requests.items()),
             "decode_alone": dict(self.alone),
+            "retries": nested((LANES[role], cause, count) for (role, cause), count in self.retries.items()),
             "latency_ms": {
                 "ttft": self.ttft.as_dict(),  # streams only, as the next two
                 "itl": self.gaps.as_dict(),
-                "handoff": self._handoff.as_dict(),  # end of P's answer to D's first byte
-                "end_to_end": self._end_to_end.as_dict(),
+                "handoff": self.handoff.as_dict(),  # end of P's answer to D's first byte
+                "end_to_end": self.end_to_end.as_dict(),
             },
             "registrations_refused": self.num_registrations_refused,
             "recent": [record.as_dict() for record in self.recent],
         }
+
+
+def nested(counts: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
+    by_both: dict[str, dict[str, int]] = {}
+    for first, second, count in sorted(counts):
+        by_both.setdefault(first, {})[second] = count
+    return by_both
 
 
 def log_request(record: RequestRecord) -> None:
@@ -128,7 +150,7 @@ def log_request(record: RequestRecord) -> None:
     )
 
 
-def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
+def instance_dict(instance: Instance, now: float, engine: EngineNumbers | None = None) -> dict[str, Any]:
     return {
         "name": instance.name,
         "role": instance.role,
@@ -148,4 +170,5 @@ def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
         "epoch": instance.epoch,
         "load": None if instance.load is None else msgspec.to_builtins(instance.load),
         "foreign": instance.num_foreign,
+        "engine": None if engine is None else engine.as_dict(now),
     }
