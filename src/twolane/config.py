@@ -70,6 +70,7 @@ class ProxySettings:
     upstream_idle_s: float = 4.0  # a kept-alive connection to an instance; vLLM's server closes its own after 5 s
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
     max_engine_page_bytes: int = 2 * 1024 * 1024  # of an instance's /metrics
+    otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     log_dir: Path | None = None  # where the launcher keeps the instances' logs, for the dashboard
@@ -127,6 +128,7 @@ class Settings:
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     upstream_api_key: str = ""
+    otlp_endpoint: str = ProxySettings.otlp_endpoint
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from time import monotonic
+from urllib.parse import unquote
 
 from prometheus_client.registry import Collector
 
@@ -38,6 +39,7 @@ from twolane.proxy.pool import Instance
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
+from twolane.proxy.tracing import HEADERS, Tracer, begin_trace
 from twolane.proxy.web_files import WebFiles
 
 CHAT_PATH = "/v1/chat/completions"
@@ -64,13 +66,19 @@ class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
     def __init__(
-        self, upstreams: Upstreams, stats: Stats, engines: Engines, collectors: Sequence[Collector] = ()
+        self,
+        upstreams: Upstreams,
+        stats: Stats,
+        engines: Engines,
+        collectors: Sequence[Collector] = (),
+        tracer: Tracer | None = None,
     ) -> None:
         """`collectors` add to what /metrics shows."""
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
+        self._tracer = tracer
         self._engines = engines
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
@@ -88,6 +96,7 @@ class App:
             [
                 Page("/health", self._health, is_public=True),  # load balancers ask without a key
                 Page("/stats", self._report),
+                Page("/stats/requests/", self._story),
                 Page("/", files.page, is_public=True),
                 Page("/dashboard/", files.asset, is_public=True),
                 Page("/dashboard/events", self.dashboard.events),
@@ -118,7 +127,11 @@ class App:
         if self.draining:
             responder.keep_alive = False
             raise NoInstanceError("the proxy is shutting down")
-        await self._serve(job, responder, record)
+        try:
+            await self._serve(job, responder, record)
+        finally:
+            if record.trace is not None and self._tracer is not None:
+                self._tracer.ended(record)
 
     async def _own(self, request: Request, responder: Responder, page: Page, rest: str) -> None:
         if not page.is_public:
@@ -146,6 +159,7 @@ class App:
         except TooBusyError as error:
             reject(error, responder, record, self._stats)
             return
+        record.admitted_at = monotonic()
         try:
             await handoff.run()
         finally:
@@ -161,21 +175,24 @@ class App:
         if request.method not in allowed:
             raise MethodNotAllowedError(request.method, path, allowed)
         method = "GET" if request.method == "HEAD" else request.method
-        headers = self._passed_on(request)
         if path not in HANDOFF_PATHS:
             ask = _ALONE if path in ALONE_PATHS else _RELAY
-            return Job(method, request.target, headers, record.request_id, ask, None, request.body)
+            return Job(method, request.target, self._passed_on(request), record.request_id, ask, None, request.body)
         body = parse_body(request.body, is_chat=path == CHAT_PATH)
         record.stream = body.stream
-        return Job(method, request.target, headers, record.request_id, self._ask(body), body)
+        if self._tracer is not None:
+            record.trace = begin_trace(request.headers, path == CHAT_PATH, body.model())
+        headers = self._passed_on(request, HEADERS if record.trace is not None else frozenset())
+        return Job(method, request.target, headers, record.request_id, self._ask(body), body, trace=record.trace)
 
     def _ask(self, body: SplitBody) -> Ask:
         why_alone = f"body:{body.whole_because}" if body.whole_because else ""
         beginning = body.prompt_beginning() if self._upstreams.router.wants_beginning else b""
         return Ask(alone_because=why_alone, num_tokens=body.num_prompt_tokens, beginning=beginning)
 
-    def _passed_on(self, request: Request) -> bytes:
-        return encode(end_to_end(request.headers, self._not_passed_on) + self._gatekeeper.upstream_headers())
+    def _passed_on(self, request: Request, replaced: frozenset[bytes] = frozenset()) -> bytes:
+        dropped = self._not_passed_on | replaced if replaced else self._not_passed_on
+        return encode(end_to_end(request.headers, dropped) + self._gatekeeper.upstream_headers())
 
     def _allowed(self, path: str) -> tuple[str, ...]:
         if path in HANDOFF_PATHS or path in ALONE_PATHS:
@@ -209,6 +226,9 @@ class App:
     async def _metrics(self, _request: Request, responder: Responder, _rest: str) -> None:
         await self._engines.refresh()
         responder.send(200, [(b"content-type", CONTENT_TYPE)], await exposition(self._registry))
+
+    async def _story(self, _request: Request, responder: Responder, rest: str) -> None:
+        responder.send_json(200, self._stats.stories.story(unquote(rest)))
 
 
 def _request_id(request: Request) -> str:

@@ -31,6 +31,7 @@ def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequenc
         max_queued=settings.max_queued,
         queue_timeout_s=settings.queue_timeout,
         log_dir=settings.log_dir,
+        otlp_endpoint=settings.otlp_endpoint,
     )
 
 

@@ -66,8 +66,10 @@ class Handoff:
             attempt = self.attempt = Attempt(self._job, self._route(), self._upstreams)
             self._note(attempt)
             attempt.send()
+            self._note_times(attempt)
             try:
                 verdict = await attempt.verdict()
+                self._note_times(attempt)
                 if verdict in (Verdict.RELAY, Verdict.ANSWER_PREFILL):
                     await self._answer(verdict, attempt)
                     return
@@ -88,7 +90,7 @@ class Handoff:
         record, route = self.record, attempt.route
         self._tried.attempts += 1
         record.attempts += 1
-        record.transfer_id = attempt.transfer_id
+        self._stats.stories.begins(record, attempt.transfer_id)
         record.decode = route.decode.address
         record.prefill = route.prefill.address if route.prefill is not None else ""
         record.alone_because = route.alone_because
@@ -142,9 +144,12 @@ class Handoff:
         self._responder.send(leg.state.status, headers, leg.body)
 
     def _note_times(self, attempt: Attempt) -> None:
-        self.record.first_byte_at = attempt.decode.first_data_at
+        record = self.record
+        record.prefill_sent_at = attempt.prefill_sent_at
+        record.decode_sent_at = attempt.decode_sent_at
+        record.first_byte_at = attempt.decode.first_data_at
         if attempt.prefill is not None:
-            self.record.prefill_done_at = attempt.prefill.done_at
+            record.prefill_done_at = attempt.prefill.done_at
 
     def _close_record(self) -> None:
         self.record.status = self._responder.status

@@ -68,19 +68,15 @@ class Histogram:
         """As it is now: `since` tells later what has come in between."""
         twin = Histogram()
         twin._counts = self._counts.copy()
-        twin._longest_s = self._longest_s
+        twin._longest_s, twin.sum_s = self._longest_s, self.sum_s
         return twin
 
     def since(self, earlier: Histogram) -> Histogram:
         """Only the samples that came after the copy was made. Their longest isn't known: it is that of all."""
         later = Histogram()
         later._counts = [now - then for now, then in zip(self._counts, earlier._counts, strict=True)]
-        later._longest_s = self._longest_s
+        later._longest_s, later.sum_s = self._longest_s, self.sum_s - earlier.sum_s
         return later
-
-    @property
-    def count(self) -> int:
-        return sum(self._counts)
 
     def as_dict(self) -> dict[str, float | int | None]:
         percentiles = {f"p{round(f * 100)}": self.percentile_ms(f) for f in (0.5, 0.9, 0.99)}

@@ -83,9 +83,9 @@ def phase_of(handoff: Handoff) -> str:
 
 def ended_requests(stats: Stats, since: int, most: int) -> list[dict[str, Any]]:
     """Those that ended after the first `since`, as far as they are still known, the oldest first; `most` at most."""
-    count = min(stats.num_ended - since, most, len(stats.recent))
-    newest = list(islice(reversed(stats.recent), count))
-    return [_ended(record, stats.num_ended - i) for i, record in enumerate(newest)][::-1]
+    records = stats.stories.recent(min(stats.num_ended - since, most))
+    first = stats.num_ended - len(records) + 1
+    return [_ended(record, number) for number, record in enumerate(records, first)]
 
 
 def _ended(record: RequestRecord, number: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from twolane.proxy.policy import Router
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import listen
 from twolane.proxy.stats import Stats
+from twolane.proxy.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class Service:
         self.discovery_port = settings.discovery_port
 
     async def __aenter__(self) -> Self:
-        """Raises ConfigError if a port is taken."""
+        """Raises ConfigError if a port is taken, or what a setting needs isn't installed."""
         settings = self.settings
+        self._tracer = make_tracer(settings.otlp_endpoint)
         health = Health(settings)
         self.pool = Pool(
             settings.registration_expiry_s, settings.health_every_s, settings.health_ready_every_s, health.wake
@@ -60,7 +62,7 @@ class Service:
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
         self.engines = Engines(settings, self.pool, self._client, self._tasks)
-        self._app = App(upstreams, stats, self.engines)
+        self._app = App(upstreams, stats, self.engines, tracer=self._tracer)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
@@ -70,6 +72,8 @@ class Service:
             self._tasks.create_task(self.dashboard.run()),
             self._tasks.create_task(self.engines.run()),
         ]
+        if self._tracer is not None:
+            self._background.append(self._tasks.create_task(self._tracer.run()))
         await self._server.start(listener)
         self._discovery.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
@@ -99,6 +103,8 @@ class Service:
         self.engines.close()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
+        if self._tracer is not None:
+            await self._tracer.close()
 
 
 def as_registration(instance: StaticInstance) -> Registration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,8 @@ from twolane.protocol import Role
 from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
+from twolane.proxy.stories import Stories
+from twolane.proxy.tracing import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ OUTCOMES = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestRecord:
     """One request's story. Times are monotonic, in s; None if it never came to that."""
 
@@ -49,9 +51,14 @@ class RequestRecord:
     outcome: str = "open"
     attempts: int = 0
     serial: int = 0  # numbers those that ask for an engine's work
+    admitted_at: float | None = None  # its turn came
+    prefill_sent_at: float | None = None  # of the last attempt, like all that follows
+    decode_sent_at: float | None = None
     prefill_done_at: float | None = None
     first_byte_at: float | None = None
     ended_at: float | None = None
+    engine_moments: dict[str, float] | None = None  # what the engines told, by the event's name; see stories
+    trace: RequestTrace | None = None  # where spans are wanted
 
     def ms(self, moment: float | None) -> float | None:
         return None if moment is None else round((moment - self.started_at) * 1e3, 2)
@@ -69,6 +76,9 @@ class RequestRecord:
             "outcome": self.outcome,
             "attempts": self.attempts,
             "started_s": self.started_at,  # monotonic, as clients on this machine see it too
+            "admitted_ms": self.ms(self.admitted_at),
+            "prefill_sent_ms": self.ms(self.prefill_sent_at),
+            "decode_sent_ms": self.ms(self.decode_sent_at),
             "prefill_done_ms": self.ms(self.prefill_done_at),
             "first_byte_ms": self.ms(self.first_byte_at),
             "total_ms": self.ms(self.ended_at),
@@ -83,7 +93,7 @@ class Stats:
         self.requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
         self.alone: Counter[str] = Counter()
         self.retries: Counter[tuple[Role, str]] = Counter()  # attempts after the first, by whose failure and its cause
-        self.recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
+        self.stories = Stories()
         self.ttft = Histogram()
         self.end_to_end = Histogram()
         self.handoff = Histogram()
@@ -97,7 +107,7 @@ class Stats:
         self.requests[record.route, record.outcome] += 1
         if record.alone_because:
             self.alone[record.alone_because] += 1
-        self.recent.append(record)
+        self.stories.ended(record)
         if record.outcome == "ok" and record.ended_at is not None:
             self.end_to_end.add(record.ended_at - record.started_at)
             if record.stream and record.first_byte_at is not None:
@@ -117,7 +127,8 @@ class Stats:
                 "end_to_end": self.end_to_end.as_dict(),
             },
             "registrations_refused": self.num_registrations_refused,
-            "recent": [record.as_dict() for record in self.recent],
+            "stories": self.stories.as_dict(),
+            "recent": [record.as_dict() for record in self.stories.recent(_NUM_RECENT)],
         }
 
 
