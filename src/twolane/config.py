@@ -71,6 +71,8 @@ class ProxySettings:
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
     max_engine_page_bytes: int = 2 * 1024 * 1024  # of an instance's /metrics
     otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
+    power_csv: Path | None = None  # where the GPUs' power is recorded
+    power_every_s: float = 0.1  # how often they are asked, while it is recorded or watched
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     log_dir: Path | None = None  # where the launcher keeps the instances' logs, for the dashboard
@@ -122,6 +124,8 @@ class Settings:
     max_in_flight: int = ProxySettings.max_in_flight
     max_queued: int = ProxySettings.max_queued
     queue_timeout: float = ProxySettings.queue_timeout_s
+    power_csv: Path | None = None
+    power_every: float = ProxySettings.power_every_s
     discovery_host: str = ProxySettings.discovery_host
     registration_secret_file: Path | None = None
     allow_network: tuple[str, ...] = ProxySettings.allowed_networks

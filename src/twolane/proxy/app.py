@@ -36,6 +36,7 @@ from twolane.proxy.pages import Page, Pages
 from twolane.proxy.picture import Sight
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
+from twolane.proxy.power import Power
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
@@ -70,6 +71,7 @@ class App:
         upstreams: Upstreams,
         stats: Stats,
         engines: Engines,
+        power: Power,
         collectors: Sequence[Collector] = (),
         tracer: Tracer | None = None,
     ) -> None:
@@ -80,12 +82,15 @@ class App:
         self._stats = stats
         self._tracer = tracer
         self._engines = engines
+        self._power = power
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
         self._in_flight: dict[int, Handoff] = {}  # by serial, the oldest first
         self._serials = itertools.count(1)
-        self.dashboard = Dashboard(Sight(upstreams.pool, stats, self._admission, engines, self._in_flight, self._judge))
+        self.dashboard = Dashboard(
+            Sight(upstreams.pool, stats, self._admission, engines, power, self._in_flight, self._judge)
+        )
         logs, files = InstanceLogs(settings.log_dir, upstreams.pool), WebFiles()
         self._registry = make_registry(
             RequestCollector(stats, self._admission, HANDOFF_PATHS),
@@ -221,7 +226,7 @@ class App:
         instances = [instance_dict(instance, now, self._engines.latest(instance)) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
-        responder.send_json(200, report | self._stats.as_dict())
+        responder.send_json(200, report | self._power.as_dict() | self._stats.as_dict())
 
     async def _metrics(self, _request: Request, responder: Responder, _rest: str) -> None:
         await self._engines.refresh()

@@ -32,6 +32,8 @@ def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequenc
         queue_timeout_s=settings.queue_timeout,
         log_dir=settings.log_dir,
         otlp_endpoint=settings.otlp_endpoint,
+        power_csv=settings.power_csv,
+        power_every_s=settings.power_every,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Self
 import uvloop
 
 from twolane.config import ProxySettings, StaticInstance
+from twolane.power.report import PowerCollector
 from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
@@ -25,6 +26,7 @@ from twolane.proxy.http_server import HttpServer
 from twolane.proxy.policy import Router
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import listen
+from twolane.proxy.power import Power
 from twolane.proxy.stats import Stats
 from twolane.proxy.tracing import make_tracer
 
@@ -51,6 +53,7 @@ class Service:
         listener = listen(settings.host, settings.http_port)
         self.http_port = listener.getsockname()[1]
         try:
+            self.power = Power(settings, self.pool, lambda instance: self.engines.latest(instance))
             self._discovery = Discovery(settings, self.pool, stats)
             self._discovery.bind()
         except BaseException:
@@ -62,7 +65,14 @@ class Service:
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
         self.engines = Engines(settings, self.pool, self._client, self._tasks)
-        self._app = App(upstreams, stats, self.engines, tracer=self._tracer)
+        self._app = App(
+            upstreams,
+            stats,
+            self.engines,
+            self.power,
+            collectors=(PowerCollector(self.power.latest),),
+            tracer=self._tracer,
+        )
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
@@ -76,6 +86,7 @@ class Service:
             self._background.append(self._tasks.create_task(self._tracer.run()))
         await self._server.start(listener)
         self._discovery.start()
+        self.power.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
 
@@ -101,6 +112,7 @@ class Service:
         for task in self._background:
             task.cancel()
         self.engines.close()
+        await self.power.stop()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
         if self._tracer is not None:
