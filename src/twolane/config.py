@@ -70,9 +70,9 @@ class ProxySettings:
     upstream_idle_s: float = 4.0  # a kept-alive connection to an instance; vLLM's server closes its own after 5 s
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
     max_engine_page_bytes: int = 2 * 1024 * 1024  # of an instance's /metrics
-    otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     power_csv: Path | None = None  # where the GPUs' power is recorded
     power_every_s: float = 0.1  # how often they are asked, while it is recorded or watched
+    otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     log_dir: Path | None = None  # where the launcher keeps the instances' logs, for the dashboard

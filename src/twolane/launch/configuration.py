@@ -34,8 +34,8 @@ DEFAULT = "default"
 PROXY_KEYS = (
     *("host", "http_proxy_port", "proxy_port", "kv", "policy", "min_prefill_tokens", "max_prefill_queue"),
     *("max_in_flight", "max_queued", "queue_timeout", "discovery_host", "registration_secret_file", "allow_network"),
-    *("api_key", "api_key_file", "upstream_api_key", "otlp_endpoint", "log_dir", "log_max_mb"),
     *("power_csv", "power_every"),
+    *("api_key", "api_key_file", "upstream_api_key", "otlp_endpoint", "log_dir", "log_max_mb"),
 )
 SECRET = frozenset(("api_key", "upstream_api_key"))  # not shown
 ALIASES = {"http_proxy_port": "--http-port", "proxy_port": "--discovery-port"}  # more flags for the same

@@ -30,9 +30,8 @@ CPU_KV_SPACE_GIB = 1
 # Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
 PROXY_OPTIONS = (
     *("policy", "min_prefill_tokens", "max_prefill_queue", "max_in_flight", "max_queued", "queue_timeout"),
-    "log_dir",
-    "otlp_endpoint",
     *("power_csv", "power_every"),
+    *("otlp_endpoint", "log_dir"),
 )
 ALONE_ONLY = ("discovery_host", "registration_secret_file", "api_key", "api_key_file", "upstream_api_key")
 

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from time import monotonic
 from urllib.parse import unquote
 
-from prometheus_client.registry import Collector
-
 from twolane import __version__
 from twolane.errors import (
     BadRequestError,
@@ -20,6 +18,7 @@ from twolane.errors import (
     TooBusyError,
     UnauthorizedError,
 )
+from twolane.power.report import PowerCollector
 from twolane.proxy.admission import Admission
 from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
@@ -67,35 +66,27 @@ class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
     def __init__(
-        self,
-        upstreams: Upstreams,
-        stats: Stats,
-        engines: Engines,
-        power: Power,
-        collectors: Sequence[Collector] = (),
-        tracer: Tracer | None = None,
+        self, upstreams: Upstreams, stats: Stats, engines: Engines, power: Power, tracer: Tracer | None = None
     ) -> None:
-        """`collectors` add to what /metrics shows."""
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
-        self._tracer = tracer
         self._engines = engines
         self._power = power
+        self._tracer = tracer
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
         self._in_flight: dict[int, Handoff] = {}  # by serial, the oldest first
         self._serials = itertools.count(1)
-        self.dashboard = Dashboard(
-            Sight(upstreams.pool, stats, self._admission, engines, power, self._in_flight, self._judge)
-        )
+        sight = Sight(upstreams.pool, stats, self._admission, engines, power, self._in_flight, self._judge)
+        self.dashboard = Dashboard(sight)
         logs, files = InstanceLogs(settings.log_dir, upstreams.pool), WebFiles()
         self._registry = make_registry(
             RequestCollector(stats, self._admission, HANDOFF_PATHS),
             InstanceCollector(upstreams.pool, engines),
-            *collectors,
+            PowerCollector(power.latest),
         )
         self._pages = Pages(
             [

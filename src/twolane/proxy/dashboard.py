@@ -64,7 +64,7 @@ class Dashboard:
         responder.write(event("hello", self._hello(monotonic())))
         self._watchers[responder] = gone
         try:
-            with self._sight.engines.watching():
+            with self._sight.engines.watching(), self._sight.power.sampler.watched():
                 await gone
         finally:
             self._watchers.pop(responder, None)
@@ -122,7 +122,7 @@ class Dashboard:
             "says": picture.says(sight, self.history.alone()),
             "in_flight": sight.admission.in_flight,
             "queued": sight.admission.queued,
-        }
+        } | sight.power.as_dict()
 
     def _tell_flow(self, now: float) -> None:
         """What has changed since the last time."""

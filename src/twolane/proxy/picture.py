@@ -13,6 +13,7 @@ from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff
 from twolane.proxy.history import Generated
 from twolane.proxy.pool import Pool, State
+from twolane.proxy.power import Power
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
 
 MAX_OPEN = 200  # requests in flight that are told one by one; of more only the number
@@ -34,6 +35,7 @@ class Sight:
     stats: Stats
     admission: Admission
     engines: Engines
+    power: Power
     in_flight: Mapping[int, Handoff]  # by serial, the oldest first
     judge: Callable[[], tuple[str, str | None]]  # health, and why it isn't `ok`
 

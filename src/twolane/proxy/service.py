@@ -13,7 +13,6 @@ from typing import Self
 import uvloop
 
 from twolane.config import ProxySettings, StaticInstance
-from twolane.power.report import PowerCollector
 from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
@@ -53,7 +52,7 @@ class Service:
         listener = listen(settings.host, settings.http_port)
         self.http_port = listener.getsockname()[1]
         try:
-            self.power = Power(settings, self.pool, lambda instance: self.engines.latest(instance))
+            self.power = Power(settings, self.pool, lambda i: self.engines.latest(i))  # noqa: PLW0108 - made below
             self._discovery = Discovery(settings, self.pool, stats)
             self._discovery.bind()
         except BaseException:
@@ -65,14 +64,7 @@ class Service:
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
         self.engines = Engines(settings, self.pool, self._client, self._tasks)
-        self._app = App(
-            upstreams,
-            stats,
-            self.engines,
-            self.power,
-            collectors=(PowerCollector(self.power.latest),),
-            tracer=self._tracer,
-        )
+        self._app = App(upstreams, stats, self.engines, self.power, self._tracer)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)

@@ -93,10 +93,10 @@ class Stats:
         self.requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
         self.alone: Counter[str] = Counter()
         self.retries: Counter[tuple[Role, str]] = Counter()  # attempts after the first, by whose failure and its cause
-        self.stories = Stories()
         self.ttft = Histogram()
         self.end_to_end = Histogram()
         self.handoff = Histogram()
+        self.stories = Stories()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
         self.num_ended = 0
