@@ -19,6 +19,7 @@ const requests = new Requests((role, address) => lanes.nameOf(role, address));
 let paused = false;
 let lostAt = null;
 let started = null;
+let version = "";
 
 const on = {
   event(name, data) {
@@ -42,7 +43,7 @@ const on = {
     lostAt ??= new Date();
     document.body.dataset.link = "lost";
     text($("link"), "not connected");
-    const kept = started ? ` What you see is of ${clock(lostAt)}.` : "";
+    const kept = started ? ` What you see is from ${clock(lostAt)}.` : "";
     text($("banner-text"), `${why}.${kept} Trying again in ${Math.max(1, Math.round(pauseMs / 1000))} s.`);
     $("banner").hidden = false;
     flow.clear();
@@ -63,14 +64,14 @@ const on = {
 
 function hello(data) {
   started = Date.now() - data.uptime_s * 1000;
-  about(data.version);
+  version = data.version;
   charts.start(data.samples, data.now, data.window_s);
   lanes.update(data.instances, data.power);
   requests.start(data.ended, data.now);
   flow.start(data.open);
 }
 
-function about(version) {
+function about() {
   text($("about"), `TwoLane ${version}, up for ${span((Date.now() - started) / 1000)}. Numbers for machines: /stats`);
 }
 
@@ -86,6 +87,7 @@ function state(data) {
   text($("proxy-flight"), data.in_flight);
   text($("proxy-queued"), data.queued);
   document.title = data.says.status === "ok" ? "TwoLane" : `${data.says.status} - TwoLane`;
+  about();
   lanes.update(data.instances, data.power);
   logs.names(data.instances.map((instance) => instance.name));
 }

@@ -159,7 +159,7 @@ class Card {
     const gpus = names.length ? `GPU ${names.join(" + ")}` : "";
     const address = instance.name === instance.address ? "" : instance.address;
     const ill = instance.problem || (instance.state === "ready" ? "" : instance.reason);
-    const since = instance.state === "ready" || instance.state === "gone" ? "" : ` for ${span(instance.state_since_s)}`;
+    const since = instance.state === "ready" || instance.state === "gone" ? "" : `, ${span(instance.state_since_s)} ago`;
     const state = ill ? `${ill}${instance.problem ? "" : since}` : "";
     text(this.where, state || [gpus, address].filter(Boolean).join(" · "));
     this.where.title = [gpus, instance.address, ill].filter(Boolean).join(" · ");
