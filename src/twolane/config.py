@@ -58,7 +58,7 @@ class ProxySettings:
     first_byte_timeout_s: float = 600.0  # D's answer, sent to first byte
     stream_idle_timeout_s: float = 300.0  # the longest silence inside D's answer
     health_every_s: float = 1.0  # probes of an instance that is not ready
-    health_ready_every_s: float = 5.0  # probes of one that is: a hung one refuses no connection
+    health_ready_every_s: float = 2.0  # probes of one that is: so long may the death of an idle one go unnoticed
     registration_expiry_s: float = 15.0
     drain_timeout_s: float = 30.0  # SIGTERM to exit, while streams end
     health_timeout_s: float = 5.0  # one probe
@@ -75,6 +75,7 @@ class ProxySettings:
     otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
+    log_dir: Path | None = None  # where the launcher keeps the instances' logs, for the dashboard
     max_held_body_bytes: int = 8 * 1024 * 1024  # D's answer, if not a stream, is held until it is whole
 
 

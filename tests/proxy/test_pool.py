@@ -136,16 +136,16 @@ def test_ticket_counts_once(pool: Pool) -> None:
     assert (instance.in_flight, instance.in_flight_tokens, instance.num_requests) == (0, 0, 1)
 
 
-def test_hung_ready_instance_is_ejected_after_three_probes_and_taken_back(pool: Pool) -> None:
+def test_hung_ready_instance_is_ejected_after_four_probes_and_taken_back(pool: Pool) -> None:
     instance = ready(pool)
-    for now in (5.0, 10.0, 15.0):
+    for now in (5.0, 10.0, 15.0, 20.0):
         pool.register(registration(), now)
         assert list(pool.ready("P")) == [instance]
         assert pool.due_probes(now) == [instance]
         pool.probed(instance, Probe.HUNG, now=now)
-    assert instance.reason == "did not answer 3 health probes in a row"
-    assert pool.next_probe_at() == pytest.approx(15.0 + EVERY_S)
-    pool.probed(instance, Probe.HEALTHY, now=16.0)
+    assert instance.reason == "did not answer 4 health probes in a row"
+    assert pool.next_probe_at() == pytest.approx(20.0 + EVERY_S)
+    pool.probed(instance, Probe.HEALTHY, now=21.0)
     assert list(pool.ready("P")) == [instance]
 
 

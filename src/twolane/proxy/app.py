@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -22,13 +23,16 @@ from twolane.proxy.admission import Admission
 from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
+from twolane.proxy.dashboard import Dashboard
 from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
 from twolane.proxy.instance_pages import PREFIX, InstancePages
 from twolane.proxy.kinds import HANDOVERS
+from twolane.proxy.log_tail import InstanceLogs
 from twolane.proxy.metrics import CONTENT_TYPE, InstanceCollector, RequestCollector, exposition, make_registry
 from twolane.proxy.pages import Page, Pages
+from twolane.proxy.picture import Sight
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
 from twolane.proxy.power import Power
@@ -36,6 +40,7 @@ from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
 from twolane.proxy.tracing import HEADERS, Tracer, begin_trace
+from twolane.proxy.web_files import WebFiles
 
 CHAT_PATH = "/v1/chat/completions"
 HANDOFF_PATHS = frozenset(("/v1/completions", CHAT_PATH))
@@ -73,6 +78,11 @@ class App:
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
+        self._in_flight: dict[int, Handoff] = {}  # by serial, the oldest first
+        self._serials = itertools.count(1)
+        sight = Sight(upstreams.pool, stats, self._admission, engines, power, self._in_flight, self._judge)
+        self.dashboard = Dashboard(sight)
+        logs, files = InstanceLogs(settings.log_dir, upstreams.pool), WebFiles()
         self._registry = make_registry(
             RequestCollector(stats, self._admission, HANDOFF_PATHS),
             InstanceCollector(upstreams.pool, engines),
@@ -82,11 +92,20 @@ class App:
             [
                 Page("/health", self._health, is_public=True),  # load balancers ask without a key
                 Page("/stats", self._report),
+                Page("/stats/requests/", self._story),
+                Page("/", files.page, is_public=True),
+                Page("/dashboard/", files.asset, is_public=True),
+                Page("/dashboard/events", self.dashboard.events),
+                Page("/dashboard/logs/", logs.answer),
                 Page("/metrics", self._metrics),
                 Page(PREFIX, InstancePages(upstreams.pool, engines).answer),
-                Page("/stats/requests/", self._story),
             ]
         )
+
+    def drain(self) -> None:
+        """No new work. Who only watches is sent away, so that the proxy's stop waits for nobody but real answers."""
+        self.draining = True
+        self.dashboard.close()
 
     async def handle(self, request: Request, responder: Responder) -> None:
         record = RequestRecord(request.path, _request_id(request), monotonic())
@@ -122,6 +141,14 @@ class App:
         if not job.ask.computes:
             await handoff.run()
             return
+        record.serial = next(self._serials)
+        self._in_flight[record.serial] = handoff
+        try:
+            await self._serve_in_turn(handoff, responder, record)
+        finally:
+            del self._in_flight[record.serial]
+
+    async def _serve_in_turn(self, handoff: Handoff, responder: Responder, record: RequestRecord) -> None:
         try:
             if not self._admission.try_enter():
                 await self._admission.enter()
@@ -174,9 +201,12 @@ class App:
     def _paths(self) -> list[str]:
         return sorted((*HANDOFF_PATHS, *ALONE_PATHS, *RELAYED, *self._pages.paths))
 
+    def _judge(self) -> tuple[str, str | None]:
+        return judge_health(self._upstreams.pool.ready("P"), self._upstreams.pool.ready("D"), self.draining)
+
     async def _health(self, _request: Request, responder: Responder, _rest: str) -> None:
         prefills, decodes = self._upstreams.pool.ready("P"), self._upstreams.pool.ready("D")
-        status, reason = judge_health(prefills, decodes, self.draining)
+        status, reason = self._judge()
         code = 200 if status in ("ok", "degraded") else 503
         headers = [(b"retry-after", b"1")] if code == 503 else None
         answer = {"status": status, "reason": reason, "prefill": len(prefills), "decode": len(decodes)}

@@ -33,6 +33,7 @@ def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequenc
         power_csv=settings.power_csv,
         power_every_s=settings.power_every,
         otlp_endpoint=settings.otlp_endpoint,
+        log_dir=settings.log_dir,
     )
 
 

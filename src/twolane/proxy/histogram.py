@@ -64,6 +64,20 @@ class Histogram:
                 return round(min(_middle_s(bucket), self._longest_s) * 1e3, 3)
         return None
 
+    def copy(self) -> Histogram:
+        """As it is now: `since` tells later what has come in between."""
+        twin = Histogram()
+        twin._counts = self._counts.copy()
+        twin._longest_s, twin.sum_s = self._longest_s, self.sum_s
+        return twin
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """Only the samples that came after the copy was made. Their longest isn't known: it is that of all."""
+        later = Histogram()
+        later._counts = [now - then for now, then in zip(self._counts, earlier._counts, strict=True)]
+        later._longest_s, later.sum_s = self._longest_s, self.sum_s - earlier.sum_s
+        return later
+
     def as_dict(self) -> dict[str, float | int | None]:
         percentiles = {f"p{round(f * 100)}": self.percentile_ms(f) for f in (0.5, 0.9, 0.99)}
         return {"count": self.count, **percentiles, "max": round(self._longest_s * 1e3, 3)}

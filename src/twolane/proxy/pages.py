@@ -25,7 +25,9 @@ class Pages:
 
     def __init__(self, pages: Iterable[Page]) -> None:
         self._pages = {page.path: page for page in pages}
-        self._trees = [page for path, page in self._pages.items() if path != "/" and path.endswith("/")]
+        trees = [page for path, page in self._pages.items() if path != "/" and path.endswith("/")]
+        # The longest first: what lies below a guarded path must not be taken for a part of a public one above it.
+        self._trees = sorted(trees, key=lambda page: -len(page.path))
 
     @property
     def paths(self) -> list[str]:

@@ -16,7 +16,7 @@ from twolane.protocol import LOAD_VALID_S, Kind, Load, Registration, Role
 
 logger = logging.getLogger(__name__)
 
-MAX_HUNG_PROBES = 3
+MAX_HUNG_PROBES = 4
 
 
 class State(enum.StrEnum):

@@ -16,6 +16,7 @@ from twolane.config import ProxySettings, StaticInstance
 from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
+from twolane.proxy.dashboard import Dashboard
 from twolane.proxy.discovery import Discovery
 from twolane.proxy.engines import Engines
 from twolane.proxy.health import Health
@@ -70,6 +71,7 @@ class Service:
         self._background = [
             self._tasks.create_task(health.run(self.pool, self._client)),
             self._tasks.create_task(self._server.sweep()),
+            self._tasks.create_task(self.dashboard.run()),
             self._tasks.create_task(self.engines.run()),
         ]
         if self._tracer is not None:
@@ -80,9 +82,13 @@ class Service:
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
 
+    @property
+    def dashboard(self) -> Dashboard:
+        return self._app.dashboard
+
     def stop_accepting(self) -> None:
         """No new connections, no new work; what is being answered goes on."""
-        self._app.draining = True
+        self._app.drain()
         self._server.stop_accepting()
 
     async def drained(self) -> None:

@@ -50,6 +50,7 @@ class RequestRecord:
     status: int = 0
     outcome: str = "open"
     attempts: int = 0
+    serial: int = 0  # numbers those that ask for an engine's work
     admitted_at: float | None = None  # its turn came
     prefill_sent_at: float | None = None  # of the last attempt, like all that follows
     decode_sent_at: float | None = None
@@ -98,9 +99,11 @@ class Stats:
         self.stories = Stories()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
+        self.num_ended = 0
 
     def ended(self, record: RequestRecord) -> None:
         """The client's part is over. P's last word may still be written into the record."""
+        self.num_ended += 1
         self.requests[record.route, record.outcome] += 1
         if record.alone_because:
             self.alone[record.alone_because] += 1
