@@ -31,8 +31,8 @@ PORTS = {
 }
 URL = f"http://127.0.0.1:{PORTS['http-proxy-port']}"
 NUM_CLIENTS = 3
-SIZE = {"width": 1240, "height": 900}
-NUM_COLOURS = 128
+SIZE = {"width": 1240, "height": 1040}
+NUM_COLOURS = 256
 PHRASE = "In a distant valley two rivers met and the mill between them turned by day and by night while "
 
 
@@ -70,6 +70,10 @@ def take(browser: Browser, scheme: str, path: Path) -> None:
     page.locator("tr.request").first.wait_for()
     page.locator("#dots .dot").first.wait_for(state="attached")
     page.wait_for_timeout(3000)
+    page.locator("tr.request button").first.click()
+    page.locator("tr.more td td").first.wait_for()
+    page.locator("h1").click()  # nothing is pointed at
+    page.wait_for_timeout(500)
     picture = Image.open(io.BytesIO(page.screenshot()))
     context.close()
     picture.convert("RGB").quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
