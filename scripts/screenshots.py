@@ -13,6 +13,7 @@ import io
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="twolane-screenshots-"))
     over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped, too
     try:
         twolane("up", folder)
         with urllib.request.urlopen(f"{URL}/v1/models") as answer:  # noqa: S310
