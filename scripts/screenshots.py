@@ -13,6 +13,7 @@ import io
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,8 @@ PORTS = {
 }
 URL = f"http://127.0.0.1:{PORTS['http-proxy-port']}"
 NUM_CLIENTS = 3
-SIZE = {"width": 1240, "height": 900}
-NUM_COLOURS = 128
+SIZE = {"width": 1240, "height": 1040}
+NUM_COLOURS = 256
 PHRASE = "In a distant valley two rivers met and the mill between them turned by day and by night while "
 
 
@@ -70,6 +71,10 @@ def take(browser: Browser, scheme: str, path: Path) -> None:
     page.locator("tr.request").first.wait_for()
     page.locator("#dots .dot").first.wait_for(state="attached")
     page.wait_for_timeout(3000)
+    page.locator("tr.request button").first.click()
+    page.locator("tr.more td td").first.wait_for()
+    page.locator("h1").click()  # nothing is pointed at
+    page.wait_for_timeout(500)
     picture = Image.open(io.BytesIO(page.screenshot()))
     context.close()
     picture.convert("RGB").quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -84,6 +89,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="twolane-screenshots-"))
     over = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped, too
     try:
         twolane("up", folder)
         with urllib.request.urlopen(f"{URL}/v1/models") as answer:  # noqa: S310

@@ -3,7 +3,7 @@ import { $, count, h, ms, text } from "./util.js";
 
 const KEPT_S = 900;
 const HEIGHT = 132;
-const SPANS_S = [180, 420, KEPT_S]; // as wide as there is something to see
+const SPANS_S = [180, 360, KEPT_S]; // as wide as there is something to see
 // Columns of a sample, as history.Sample has them.
 const [AT, TTFT50, TTFT99, ITL50, ITL99, REQUESTS, PIECES, TOKENS, IN_FLIGHT, QUEUED] = Array(10).keys();
 const SUMMARY_EVERY_S = 20;
