@@ -19,6 +19,7 @@ from rich.console import Console
 from twolane.config import Settings
 from twolane.errors import StartError
 from twolane.launch import probes
+from twolane.launch.configuration import SECRET
 from twolane.launch.hardware import gpu_names
 from twolane.launch.plan import proxy_address
 
@@ -88,7 +89,8 @@ def bench_command(settings: Settings, load: Load, out: Path | None, console: Con
 
 
 def surroundings(settings: Settings) -> dict[str, Any]:
-    """Versions, hardware and configuration of this machine now."""
+    """Versions, hardware and configuration of this machine now. No secrets."""
+    given = asdict(settings)
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version()} | versions(),
@@ -99,7 +101,7 @@ def surroundings(settings: Settings) -> dict[str, Any]:
             "gpus": gpu_names(),
             "load_average": os.getloadavg(),
         },
-        "configuration": {key: str(value) for key, value in asdict(settings).items()},
+        "configuration": {key: "(hidden)" if key in SECRET and value else str(value) for key, value in given.items()},
     }
 
 
