@@ -32,15 +32,18 @@ class Chart(msgspec.Struct, frozen=True):
 
 
 def charts_of(report: dict[str, Any]) -> list[Chart]:
-    """Empty if nothing was measured."""
+    """Without those that have nothing to show: answers of one token have no ITL."""
     if not any(report["points"].values()):
         return []
     objective = report["objective"]
-    return [
+    charts = [
         _times(report, "ttft", "Time to first token (TTFT)", objective["ttft_ms"]),
         _times(report, "itl", "Time between tokens (ITL)", objective["itl_ms"]),
         _times(report, "tpot", "Time per output token (TPOT)", None),
         _goodput(report),
+    ]
+    return [
+        chart for chart in charts if any(value is not None for line in chart.drawn["lines"] for value in line["values"])
     ]
 
 

@@ -17,7 +17,8 @@ Side = Literal["aggregated", "lanes"]
 SIDES: tuple[Side, Side] = ("aggregated", "lanes")
 STEP_UP = 2.0
 CLOSE_ENOUGH = 1.5  # lowest rate that broke over highest that held: nothing is tried between them then
-MOST_RATES = 12  # of one search
+LEAST_RATES, MOST_RATES = 2, 12  # of one search
+SEARCH_STEPS = 8.0  # as much time as so many usual steps
 LEAST_REQUESTS = 10  # of a step: fewer say nothing
 GUESSED_RATES = 4  # of a search, until it is over
 WANTED_STEPS = 5  # of a side and round, to share out a budget
@@ -38,12 +39,24 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Schedule(msgspec.Struct, frozen=True):
-    """`rates`: the ones to measure; empty: they are searched, from `first_rate` on. `able`: sides that can be had."""
+    """`rates`: the ones to measure; empty: they are searched, from `first_rate` on. `able`: sides that can be had.
+
+    A search asks for `search_s` in all, so that a slow side leaves time for the other; but for two rates in any case.
+    """
 
     rounds: int
     rates: tuple[float, ...] = ()
     first_rate: float = 1.0
     able: tuple[Side, ...] = SIDES
+    step_s: float = 10.0
+    num_prompts: int | None = None
+
+    @property
+    def search_s(self) -> float:
+        return SEARCH_STEPS * self.step_s
+
+    def asks_s(self, rate: float) -> float:
+        return num_requests(rate, self.step_s, self.num_prompts) / rate
 
     def turns(self) -> list[tuple[int, Side]]:
         orders = (SIDES, SIDES[::-1])
@@ -62,8 +75,16 @@ def next_step(schedule: Schedule, done: Sequence[Done]) -> Step | None:
 def _next_of_turn(schedule: Schedule, done: Sequence[Done], number: int, side: Side) -> float | None:
     mine = {entry.step.rate: entry.holds for entry in done if (entry.step.side, entry.step.round) == (side, number)}
     if number == 0 and not schedule.rates:
-        return next_rate(mine, schedule.first_rate)
+        return _affordable(schedule, mine)
     return next((rate for rate in _repeated(schedule, done) if rate not in mine), None)
+
+
+def _affordable(schedule: Schedule, held: Mapping[float, bool]) -> float | None:
+    """The search's next rate, if there is time for it."""
+    rate = next_rate(held, schedule.first_rate)
+    if rate is None or len(held) < LEAST_RATES:
+        return rate
+    return rate if sum(map(schedule.asks_s, (*held, rate))) <= schedule.search_s else None
 
 
 def _repeated(schedule: Schedule, done: Sequence[Done]) -> list[float]:
@@ -82,9 +103,8 @@ def next_rate(held: Mapping[float, bool], first: float) -> float | None:
         return round_rate(max(held) * STEP_UP)
     lowest_broken = min(broken)
     holding = [rate for rate, holds in held.items() if holds and rate < lowest_broken]
-    if not holding:  # broken from the start: two lower ones are tried
-        lower = round_rate(lowest_broken / STEP_UP)
-        return lower if len(held) < 3 and lower > 0 else None
+    if not holding:  # broken from the start: one lower rate is tried, since the lower, the longer it takes
+        return round_rate(lowest_broken / STEP_UP) if len(held) == 1 else None
     between = round_rate(math.sqrt(max(holding) * lowest_broken))
     return between if lowest_broken / max(holding) > CLOSE_ENOUGH and between not in held else None
 
@@ -118,7 +138,7 @@ def remaining(schedule: Schedule, done: Sequence[Done]) -> list[Step]:
 
 def _guessed(schedule: Schedule, done: Sequence[Done], side: Side) -> list[float]:
     mine = {entry.step.rate: entry.holds for entry in done if entry.step.side == side and entry.step.round == 0}
-    following = next_rate(mine, schedule.first_rate)
+    following = _affordable(schedule, mine)
     if following is None:
         return list(mine)
     return [*mine, *_grid(following, max(1, GUESSED_RATES - len(mine)))]

@@ -1,7 +1,7 @@
 """Which side wins for which objective, by how much, and whether that is more than the rounds differ. Pure.
 
-A difference counts if no round of one side reaches into the range of the other's, and if it is larger than either range.
-How often that happens between equal sides was simulated (40,000 pairs, normal and exponential values): CHANCE.
+A difference counts if no round of one side reaches into the range of the other's, and if it is larger than either
+range. How often that happens between equal sides was simulated (40,000 pairs, normal and exponential values): CHANCE.
 """
 
 from __future__ import annotations
