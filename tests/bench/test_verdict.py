@@ -126,7 +126,7 @@ def test_an_objective_that_nobody_met_is_told() -> None:
 
 
 def test_one_side_alone_is_no_comparison() -> None:
-    one = {"aggregated": {}, "lanes": {2.0: dict(enumerate(SLOW_FIRST))}}
+    one: Points = {"aggregated": {}, "lanes": {2.0: dict(enumerate(SLOW_FIRST))}}
     assert verdict(one, OBJECTIVE, "a load").headline.startswith("Only the two lanes were measured")
     assert verdict({"aggregated": {}, "lanes": {}}, OBJECTIVE, "a load").outcomes == ()
 
@@ -136,7 +136,7 @@ def test_who_fails_wins_no_latency_and_the_failures_are_told() -> None:
     found = verdict(points(failing, SLOW_FIRST), OBJECTIVE, "a load")
     assert results(found) == {"goodput": "lanes", "TTFT p99": "lanes", "ITL p99": "lanes"}
     assert "301 against none (requests failed) ms" in found.outcomes[1].sentence
-    assert "Requests failed: 12 of 60 of aggregated instances (9 in time-outs)" in found.headline
+    assert "Requests failed: 12 of 60 of aggregated instances (9 in time-outs)" in found.failures
 
 
 def test_latencies_are_compared_where_one_side_still_keeps_to_the_objective() -> None:

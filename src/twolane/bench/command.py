@@ -120,7 +120,8 @@ def write(journal: Journal, folder: Path) -> dict[str, Any]:
 
 def tell(report: dict[str, Any], folder: Path, console: Console) -> None:
     console.print()
-    for text in (report["headline"], *(f"  {outcome['sentence']}" for outcome in report["outcomes"])):
+    sentences = [outcome["sentence"] for outcome in report["outcomes"]] + [report["failures"]]
+    for text in (report["headline"], *(f"  {sentence}" for sentence in filter(None, sentences))):
         console.print(text, markup=False)
     for text in report["left_out"]:
         console.print(f"  left out: {text}", markup=False)

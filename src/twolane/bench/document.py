@@ -12,7 +12,7 @@ from twolane.bench.goodput import TIMES, Figures, over_rounds
 from twolane.bench.journal import Measured
 from twolane.bench.options import Asked
 from twolane.bench.sweep import SIDES, Side
-from twolane.bench.verdict import NAMES, verdict
+from twolane.bench.verdict import NAMES, NOTHING, Verdict, verdict
 
 SPREAD = ("goodput_per_s", *TIMES)
 
@@ -21,10 +21,9 @@ def document(measured: Measured) -> dict[str, Any]:
     """All figures, medians and spread over rounds, what was left out, and the sentences."""
     asked = msgspec.convert(measured.header.asked, Asked)
     points = points_of(measured)
-    said = verdict(points, measured.objective, asked.words()) if measured.objective else None
+    said = verdict(points, measured.objective, asked.words()) if measured.objective else Verdict(NOTHING)
     return {
-        "headline": said.headline if said else "Nothing was measured, so nothing can be said.",
-        "outcomes": [msgspec.to_builtins(outcome) for outcome in said.outcomes] if said else [],
+        **msgspec.to_builtins(said),
         "objective": msgspec.to_builtins(measured.objective),
         "asked": measured.header.asked,
         **measured.header.about,

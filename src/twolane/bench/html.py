@@ -86,7 +86,11 @@ def _objective(objective: dict[str, Any]) -> str:
 
 
 def _warnings(report: dict[str, Any]) -> str:
-    told = [*report["notes"], *(f"Left out: {text}" for text in report["left_out"])]
+    told = [
+        *filter(None, [report["failures"]]),
+        *report["notes"],
+        *(f"Left out: {text}" for text in report["left_out"]),
+    ]
     if report["cut_requests"]:
         told.append(f"{report['cut_requests']} requests belong to a step that was interrupted, and count nowhere")
     if not told:

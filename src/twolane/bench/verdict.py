@@ -20,6 +20,7 @@ Rounds = Mapping[int, Figures]
 Points = Mapping[Side, Mapping[float, Rounds]]  # side -> rate -> round
 Result = Literal["aggregated", "lanes", "tie", "unknown"]
 NAMES: dict[Side, str] = {"aggregated": "aggregated instances", "lanes": "the two lanes"}
+NOTHING = "Nothing was measured, so nothing can be said."
 LEAST_ROUNDS = 2
 CHANCE = {2: "1 of 5", 3: "1 of 25", 4: "1 of 100"}  # more rounds: rarer
 FAILED_SHARE = 0.01  # more than this failed: a p99 of the others says nothing
@@ -34,19 +35,21 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """`headline` alone is an answer; `outcomes` say more."""
+    """`headline` alone is an answer; `outcomes` say more. `failures`: what didn't go through, if anything."""
 
     headline: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Outcome, ...] = ()
+    failures: str = ""
 
 
 def verdict(points: Points, objective: Objective, load: str) -> Verdict:
     """`load`: what was asked, in words."""
     measured = [side for side in SIDES if any(points.get(side, {}).values())]
     if not measured:
-        return Verdict("Nothing was measured, so nothing can be said.", ())
+        return Verdict(NOTHING)
     if len(measured) == 1:
-        return Verdict(f"Only {NAMES[measured[0]]} were measured: there is nothing to compare them with.", ())
+        only = f"Only {NAMES[measured[0]]} were measured: there is nothing to compare them with."
+        return Verdict(only, failures=_failures(points))
     outcomes = [_goodput(points, objective)]
     rate = reference_rate(points)
     if rate is not None:
@@ -54,8 +57,7 @@ def verdict(points: Points, objective: Objective, load: str) -> Verdict:
             _latency(points, rate, "TTFT p99", "ttft_p99_ms", objective.ttft_ms),
             _latency(points, rate, "ITL p99", "itl_p99_ms", objective.itl_ms),
         ]
-    failed = _failures(points)
-    return Verdict(_headline(outcomes, load) + (f" {failed}" if failed else ""), tuple(outcomes))
+    return Verdict(_headline(outcomes, load), tuple(outcomes), _failures(points))
 
 
 def reference_rate(points: Points) -> float | None:
@@ -162,7 +164,7 @@ def _headline(outcomes: Sequence[Outcome], load: str) -> str:
 def _failures(points: Points) -> str:
     told = []
     for side in SIDES:
-        all_figures = [figures for rounds in points[side].values() for figures in rounds.values()]
+        all_figures = [figures for rounds in points.get(side, {}).values() for figures in rounds.values()]
         failed, timed_out = (sum(getattr(f, key) for f in all_figures) for key in ("failed", "timed_out"))
         if failed:
             total = sum(figures.requests for figures in all_figures)
