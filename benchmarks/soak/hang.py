@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 from benchmarks.soak import watch
+from benchmarks.soak.beside import beside
 from benchmarks.soak.client import completion, new_client
 from benchmarks.soak.phases import MAX_MODEL_LEN
 from benchmarks.soak.service import Service, send_signal
@@ -93,18 +94,15 @@ async def measure(service: Service, rounds: int, seed: int, patience_s: float) -
 
 async def _round(service: Service, rng: random.Random, quiet_first: bool) -> dict[str, Any]:
     gaps = Gaps()
-    async with new_client() as client:
-        streams = [asyncio.create_task(_stream(client, service, rng, gaps, index)) for index in range(NUM_STREAMS)]
-        try:
-            await gaps.begun.wait()
-            await asyncio.sleep(1.0)
-            quiet = await _quiet(gaps) if quiet_first else []
-            hang = await _hang(client, service, rng, gaps)
-            quiet = quiet or await _quiet(gaps)
-        finally:
-            for task in streams:
-                task.cancel()
-            await asyncio.gather(*streams, return_exceptions=True)
+    async with (
+        new_client() as client,
+        beside(*(_stream(client, service, rng, gaps, index) for index in range(NUM_STREAMS))),
+    ):
+        await gaps.begun.wait()
+        await asyncio.sleep(1.0)
+        quiet = await _quiet(gaps) if quiet_first else []
+        hang = await _hang(client, service, rng, gaps)
+        quiet = quiet or await _quiet(gaps)
     row = {
         "quiet_p99_ms": round(percentile(quiet, 0.99) * 1e3, 1),
         "hung_p99_ms": round(percentile(hang["hung"], 0.99) * 1e3, 1),
@@ -147,19 +145,20 @@ async def _hang(client: httpx.AsyncClient, service: Service, rng: random.Random,
     before = await asyncio.to_thread(watch.metrics, decode_address)
     body = completion(service.model, prompt, 2)
     asked_s = time.monotonic()
-    asking = asyncio.create_task(client.post(f"{service.plan.proxy_url}/v1/completions", json=body))
-    try:
-        await _until_some_landed(decode_address, before)
-        send_signal(prefill.members, signal.SIGSTOP)
-        during = await asyncio.to_thread(watch.metrics, decode_address)
-        start_s = time.monotonic()
-        await asyncio.sleep(WINDOW_S)
-        end_s = time.monotonic()
-    finally:
-        send_signal(prefill.members, signal.SIGCONT)
-    async with asyncio.timeout(RECOVERY_S):
-        (await asking).raise_for_status()
-    answered_s = time.monotonic()
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(client.post(f"{service.plan.proxy_url}/v1/completions", json=body))
+        try:
+            await _until_some_landed(decode_address, before)
+            send_signal(prefill.members, signal.SIGSTOP)
+            during = await asyncio.to_thread(watch.metrics, decode_address)
+            start_s = time.monotonic()
+            await asyncio.sleep(WINDOW_S)
+            end_s = time.monotonic()
+        finally:
+            send_signal(prefill.members, signal.SIGCONT)
+        async with asyncio.timeout(RECOVERY_S):
+            (await asking).raise_for_status()
+        answered_s = time.monotonic()
 
     return {
         "hung": gaps.within(start_s, end_s),

@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.soak import hang
+from benchmarks.soak.beside import beside
 from benchmarks.soak.client import ask, new_client
 from benchmarks.soak.fire import Fire
 from benchmarks.soak.judge import Footprint, Outcome, Reference, growth, judge
@@ -88,17 +88,11 @@ class PhaseRun:
     async def _load(self, requests: list[Request], max_s: float, with_faults: bool) -> None:
         if self.stop.is_set():
             return
-        beside = [asyncio.create_task(self._observer.run()), asyncio.create_task(self._tell())]
+        works = [self._observer.run(), self._tell()]
         if with_faults:
-            beside.append(asyncio.create_task(self._fire.run(fault_schedule(self._seed, self._phase))))
-        try:
+            works.append(self._fire.run(fault_schedule(self._seed, self._phase)))
+        async with beside(*works):
             await self._or_stop(self._ask_all(requests, max_s))
-        finally:
-            for task in beside:
-                task.cancel()
-            for task in beside:
-                with suppress(asyncio.CancelledError):
-                    await task
 
     async def _ask_all(self, requests: list[Request], max_s: float) -> None:
         """In bursts spread over the time, so many in flight at most; begins none after `max_s`, but lets them end."""

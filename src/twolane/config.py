@@ -65,6 +65,8 @@ class ProxySettings:
     prefill_linger_s: float = 1.0  # P's answer, after D's has ended: later than that its leg is cut
     upstream_idle_s: float = 4.0  # a kept-alive connection to an instance; vLLM's server closes its own after 5 s
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
+    power_csv: Path | None = None  # where the GPUs' power is recorded
+    power_every_s: float = 0.1  # how often they are asked, while it is recorded or watched
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     max_held_body_bytes: int = 8 * 1024 * 1024  # D's answer, if not a stream, is held until it is whole
@@ -114,6 +116,8 @@ class Settings:
     max_in_flight: int = ProxySettings.max_in_flight
     max_queued: int = ProxySettings.max_queued
     queue_timeout: float = ProxySettings.queue_timeout_s
+    power_csv: Path | None = None
+    power_every: float = ProxySettings.power_every_s
     discovery_host: str = ProxySettings.discovery_host
     registration_secret_file: Path | None = None
     allow_network: tuple[str, ...] = ProxySettings.allowed_networks

@@ -90,7 +90,7 @@ def test_the_budget_ends_it_with_what_there_is(place: Place) -> None:
     run = place.start("--setups", "auto", "--requests", "100000", "--budget-s", "16", *NO_LOAD)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
-    assert time.monotonic() - began_s < 22
+    assert time.monotonic() - began_s < 40
     told = json.loads(out.splitlines()[-1])
     assert told["unloaded"]["auto, 16"]["n"] > 10
     assert "of 100000 requests" in told["notes"][0]

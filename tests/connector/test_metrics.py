@@ -115,15 +115,15 @@ def test_both_sides_time_a_transfer(prefill: Prefill, decode: Decode) -> None:
     decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
     prefill.compute([3, 4], num_tokens=5)
     agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
-    time.sleep(0.1)  # P computes
+    time.sleep(0.4)  # P computes
     prefill.compute([3, 4, 5], num_tokens=11)
     assert decode.wait_finished() == set()
     sent = one_observation(prefill.agent.take_counts(), "kv_computed_to_sent_seconds")
     counts = decode.agent.take_counts()
     landed = one_observation(counts, "kv_computed_to_landed_seconds")
-    assert 0 < sent < 0.1, "counted from the last layer, not from the first"
-    assert 0 < landed < 0.1
-    assert one_observation(counts, "kv_first_block_seconds") < 0.1 < one_observation(counts, "kv_wait_seconds")
+    assert 0 < sent < 0.4, "counted from the last layer, not from the first"
+    assert 0 < landed < 0.4
+    assert one_observation(counts, "kv_first_block_seconds") < 0.4 < one_observation(counts, "kv_wait_seconds")
     assert not decode.agent.take_counts(), "what was taken isn't counted again"
 
 

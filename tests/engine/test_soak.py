@@ -27,11 +27,10 @@ def test_under_fire_every_answer_is_right_and_nothing_is_lost_or_leaked(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     (phase,) = json.loads(done.stdout.splitlines()[-1])["phases"]
     assert phase["requests"] == 60
-    # How many of each is the machine's doing: a slow one has fewer answers before the clients leave.
+    # How many of each is the machine's doing, and so is whether a fault meets a transfer.
     assert phase["verdicts"]["right"] > 0
     assert phase["verdicts"]["left"] > 0
     assert (phase["faults"]["kill P"], phase["faults"]["kill D"]) == (1, 1)
     assert phase["faults"]["stop P"] > 0
     assert phase["counters"]["twolane_kv_received_transfers_total"] > 0
     assert phase["counters"]["twolane_kv_dropped_messages_total"] > 0
-    assert phase["counters"]["twolane_kv_receive_failures_total"] > 0

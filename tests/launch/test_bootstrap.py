@@ -6,7 +6,6 @@ import ast
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -146,7 +145,6 @@ def test_without_a_venv_down_says_that_nothing_runs(tmp_path: Path) -> None:
     script = tmp_path / "scripts" / "bootstrap.py"
     script.parent.mkdir()
     script.write_text(Path(bootstrap.__file__).read_text())
-    began_s = time.monotonic()
     done = subprocess.run([sys.executable, script, "down"], capture_output=True, text=True, check=True)
     assert "nothing is running" in done.stdout
-    assert time.monotonic() - began_s < 5
+    assert not (tmp_path / ".venv").exists()

@@ -68,7 +68,7 @@ def test_a_child_that_dies_while_starting_ends_the_start_with_its_last_words(fil
     began_s = time.monotonic()
     with pytest.raises(StartError) as error:
         start(plan, files)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 25
     assert "prefill ended while it was starting, with exit code 7" in str(error.value)
     assert "the reason why" in str(error.value)
     report = stop_all(files)

@@ -81,7 +81,7 @@ async def test_stats_tell_percentiles() -> None:
             "end_to_end": 3,
         }
         assert latency["itl"]["count"] >= 30
-        assert 15 < latency["itl"]["p50"] < 40
+        assert latency["itl"]["p50"] > 15
         assert latency["ttft"]["p50"] < latency["end_to_end"]["p50"]
-        assert 200 < latency["end_to_end"]["p99"] < 1000
+        assert latency["end_to_end"]["p99"] > 200
         assert latency["ttft"]["p50"] >= latency["handoff"]["p50"] > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 
 import httpx
 import pytest
@@ -121,19 +120,19 @@ async def test_instances_own_rejection_reaches_the_client_and_ends_the_other_leg
     async def reject(call: Call) -> None:
         await call.reply(404, error, **{"x-special": "yes"})
 
-    async with cluster() as c:
+    async with cluster(prefill_linger_s=600.0) as c:
         rejecting, other = (c.p, c.d) if role == "P" else (c.d, c.p)
         rejecting.behave, other.behave = reject, hang
         answered = await c.complete()
         assert (answered.status_code, answered.json()) == (404, error)
         assert answered.headers["x-special"] == "yes"
-        async with asyncio.timeout(0.5):
+        async with asyncio.timeout(30):
             await (await other.call()).gone.wait()
         assert c.view(rejecting).state.value == "ready"
 
 
-async def leave_when(c: Cluster, stream: bool, moment: asyncio.Event) -> float:
-    """Sends a request, and leaves when `moment` has come. Returns when that was."""
+async def leave_when(c: Cluster, stream: bool, moment: asyncio.Event) -> None:
+    """Sends a request, and leaves when `moment` has come."""
     reader, writer = await c.connect()
     body = json.dumps({"model": MODEL, "prompt": "x", "stream": stream}).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
@@ -141,19 +140,17 @@ async def leave_when(c: Cluster, stream: bool, moment: asyncio.Event) -> float:
     if stream:
         await reader.readuntil(b"\n\n")
     writer.close()
-    return time.monotonic()
 
 
 async def test_client_that_leaves_during_prefill_ends_both_legs_at_once() -> None:
-    async with cluster() as c:
+    async with cluster(prefill_linger_s=600.0) as c:  # all that could end a leg later
         c.p.behave = c.d.behave = hang
         moment = asyncio.Event()
         leaving = asyncio.create_task(leave_when(c, False, moment))
         p, d = await c.p.call(), await c.d.call()
         moment.set()
-        left_at = await leaving
-        await asyncio.gather(p.gone.wait(), d.gone.wait())
-        assert time.monotonic() - left_at < 0.1
+        await leaving
+        await asyncio.wait_for(asyncio.gather(p.gone.wait(), d.gone.wait()), 30)
         await eventually(lambda: c.view(c.d).in_flight == 0 and c.view(c.p).in_flight == 0)
         assert (await c.stats())["recent"][-1]["outcome"] == "client_left"
 
@@ -164,14 +161,13 @@ async def test_client_that_leaves_in_mid_stream_ends_both_legs_at_once() -> None
         await call.event({"number": 1})
         await call.gone.wait()
 
-    async with cluster() as c:
+    async with cluster(prefill_linger_s=600.0) as c:
         c.p.behave, c.d.behave = hang, stream_for_ever
         moment = asyncio.Event()
         moment.set()
-        left_at = await leave_when(c, True, moment)
+        await leave_when(c, True, moment)
         p, d = await c.p.call(), await c.d.call()
-        await asyncio.gather(p.gone.wait(), d.gone.wait())
-        assert time.monotonic() - left_at < 0.1
+        await asyncio.wait_for(asyncio.gather(p.gone.wait(), d.gone.wait()), 30)
 
 
 async def test_client_that_reads_slowly_holds_its_decode_leg_back_and_no_other() -> None:
@@ -313,9 +309,8 @@ async def test_slow_reader_slows_nobody_else() -> None:
             writers.append(writer)
         await c.d.call(7)
         await asyncio.sleep(0.3)  # by now every buffer on the way is full
-        began_at = time.monotonic()
-        for _ in range(20):
-            assert (await c.complete(stream=True)).status_code == 200
-        assert time.monotonic() - began_at < 1.0
+        async with asyncio.timeout(30):
+            for _ in range(20):
+                assert (await c.complete(stream=True)).status_code == 200
         for writer in writers:
             writer.transport.abort()

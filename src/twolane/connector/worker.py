@@ -11,6 +11,7 @@ import zmq
 
 from twolane.connector.decode_agent import DecodeAgent
 from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.gpus import gpu_uuids
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout, layout_of
 from twolane.connector.plan import StepPlan
@@ -60,6 +61,7 @@ def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[b
         kind="twolane",
         epoch=epoch,
         name=settings.name,
+        gpus=gpu_uuids(facts.tp_size),
     )
     secret = read_secret(settings.registration_secret_file) if settings.registration_secret_file else ""
     return Registrar(context, settings.discovery_address, me, secret)

@@ -34,6 +34,7 @@ DEFAULT = "default"
 PROXY_KEYS = (
     *("host", "http_proxy_port", "proxy_port", "kv", "policy", "min_prefill_tokens", "max_prefill_queue"),
     *("max_in_flight", "max_queued", "queue_timeout", "discovery_host", "registration_secret_file", "allow_network"),
+    *("power_csv", "power_every"),
     *("api_key", "api_key_file", "upstream_api_key", "log_dir", "log_max_mb"),
 )
 SECRET = frozenset(("api_key", "upstream_api_key"))  # not shown

@@ -40,6 +40,8 @@ HELP = {
     "max_in_flight": "requests served at once",
     "max_queued": "requests that may wait for their turn; more get 429",
     "queue_timeout": "seconds that a request waits for its turn",
+    "power_csv": "file into which the power of the GPUs is recorded; beyond 100 MB it moves to NAME.1",
+    "power_every": "seconds between two looks at it, while it is recorded or a dashboard shows it",
     "discovery_host": "address at which instances register",
     "registration_secret_file": "file with the secret that registrations are signed with; needed off loopback",
     "allow_network": "networks (CIDR) in which registered instances may be",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twolane.launch.phases import READY, REGISTERING
 from twolane.launch.plan import Plan
-from twolane.launch.registrar import Registrar, needs_registrar
+from twolane.launch.registrar import make_registrar
 from twolane.launch.service import Service
 
 REGISTER_TICK_S = 0.2
@@ -33,8 +33,9 @@ def take_wishes(state_path: Path, services: Sequence[Service]) -> None:
 
 
 async def register(plan: Plan, services: Sequence[Service]) -> None:
-    """For instances whose connector doesn't register. Returns at once if there are none."""
-    mine = [(service, Registrar(service.spec, plan.discovery_address)) for service in services if _needs(plan, service)]
+    """For instances whose connector doesn't tell all. Returns at once if there are none."""
+    made = [(service, make_registrar(plan, service.spec)) for service in services]
+    mine = [(service, registrar) for service, registrar in made if registrar is not None]
     try:
         while mine:
             for service, registrar in mine:
@@ -44,7 +45,3 @@ async def register(plan: Plan, services: Sequence[Service]) -> None:
     finally:
         for _, registrar in mine:
             registrar.close()
-
-
-def _needs(plan: Plan, service: Service) -> bool:
-    return needs_registrar(plan, service.spec)

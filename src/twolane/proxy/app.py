@@ -26,6 +26,7 @@ from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.pages import Page, Pages
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
+from twolane.proxy.power import Power
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
@@ -53,11 +54,12 @@ _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
-    def __init__(self, upstreams: Upstreams, stats: Stats) -> None:
+    def __init__(self, upstreams: Upstreams, stats: Stats, power: Power) -> None:
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
+        self._power = power
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
@@ -155,7 +157,7 @@ class App:
         instances = [instance_dict(instance, now) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
-        responder.send_json(200, report | self._stats.as_dict())
+        responder.send_json(200, report | self._power.as_dict() | self._stats.as_dict())
 
 
 def _request_id(request: Request) -> str:

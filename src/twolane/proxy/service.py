@@ -23,6 +23,7 @@ from twolane.proxy.http_server import HttpServer
 from twolane.proxy.policy import Router
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import listen
+from twolane.proxy.power import Power
 from twolane.proxy.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Service:
         listener = listen(settings.host, settings.http_port)
         self.http_port = listener.getsockname()[1]
         try:
+            self.power = Power(settings, self.pool, lambda _instance: None)
             self._discovery = Discovery(settings, self.pool, stats)
             self._discovery.bind()
         except BaseException:
@@ -57,7 +59,7 @@ class Service:
         await self._tasks.__aenter__()
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
-        self._app = App(upstreams, stats)
+        self._app = App(upstreams, stats, self.power)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
@@ -67,6 +69,7 @@ class Service:
         ]
         await self._server.start(listener)
         self._discovery.start()
+        self.power.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
 
@@ -87,6 +90,7 @@ class Service:
         await self._server.close_connections()
         for task in self._background:
             task.cancel()
+        await self.power.stop()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
 
