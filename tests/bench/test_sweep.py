@@ -66,6 +66,18 @@ def test_rounds_alternate_and_repeat_what_both_searches_met() -> None:
     assert all(rates[turn] == [1.0, 1.4, 2.0, 2.8, 4.0] for turn in turns if turn[0] > 0)
 
 
+def test_sides_that_are_both_up_change_at_every_step() -> None:
+    schedule = Schedule(rounds=2, interleaved=True)
+    steps = [entry.step for entry in walk(schedule, {"aggregated": 1.5, "lanes": 3.0})]
+    assert [(step.side, step.rate) for step in steps if step.round == 0] == [
+        *(("aggregated", 1.0), ("lanes", 1.0), ("aggregated", 2.0), ("lanes", 2.0), ("aggregated", 1.4)),
+        *(("lanes", 4.0), ("lanes", 2.8)),
+    ]
+    assert [step.side for step in steps if step.round == 1] == ["lanes", "aggregated"] * 5
+    apart = walk(Schedule(rounds=2), {"aggregated": 1.5, "lanes": 3.0})
+    assert set(steps) == {entry.step for entry in apart}
+
+
 def test_a_slow_search_leaves_time_for_the_other_side() -> None:
     steps = [entry.step for entry in walk(Schedule(rounds=1, first_rate=0.2), {"aggregated": 0.15, "lanes": 0.5})]
     assert [step.rate for step in steps if step.side == "aggregated"] == [0.2, 0.1]  # 50 s and 100 s of 80

@@ -64,7 +64,7 @@ def test_spread_is_median_and_range_of_the_rounds_that_have_a_value() -> None:
 def figures(ttft: float, itl: float, goodput: float, *, failed: int = 0, timed_out: int = 0) -> Figures:
     holds = not failed and ttft <= OBJECTIVE.ttft_ms and itl <= OBJECTIVE.itl_ms
     times = {"ttft_p50_ms": ttft, "ttft_p99_ms": ttft, "itl_p50_ms": itl, "itl_p99_ms": itl}
-    return Figures(20, failed, timed_out, "503: no" if failed else "", 20, goodput, holds, **times)
+    return Figures(20, failed, timed_out, "503: no" if failed else "", 20, goodput, holds, 640, **times)
 
 
 def points(aggregated: Sequence[Figures], lanes: Sequence[Figures], rate: float = 2.0) -> Points:

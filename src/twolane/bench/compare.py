@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from twolane.bench import options, sweep
+from twolane.bench import options, power, sweep
 from twolane.bench.client import Sample, quiet_collector, run_at_times, run_in_turn
 from twolane.bench.goodput import Objective
 from twolane.bench.journal import Idle, Journal, Measured, Note, Objectives, Started, StepEnd, request_line
@@ -30,6 +30,7 @@ from twolane.launch import probes
 from twolane.launch.firstlight import sources_of
 from twolane.launch.plan import Plan
 from twolane.launch.state import ServiceState
+from twolane.power import PowerRecorder
 
 NUM_IDLE = 3  # requests of the idle measurement
 NUM_WARM_UPS = 2  # rounds of requests, as many at once as there are instances, before it
@@ -110,7 +111,7 @@ class Comparison:
 
     def _schedule(self) -> Schedule:
         able = tuple(side for side in sweep.SIDES if side not in self._measured.failed)
-        return options.schedule_of(self._asked, self._baseline(), able)
+        return options.schedule_of(self._asked, self._baseline(), able, self._grounds.together)
 
     def _time_left_s(self) -> float:
         return self._end_s - time.monotonic()
@@ -207,14 +208,18 @@ class Comparison:
         seed = seed_of(asked.seed, f"round {step.round} rate {step.rate}")
         asks = poisson(seed, count, asked.input_len, asked.output_len, step.rate)
         timeout_s = options.timeout_s(asked, self._objective)
-        before, began_s = await asyncio.to_thread(counters, plan), time.monotonic()
-        samples = await run_at_times(
-            *self._where(step.side), asks, timeout_s, lambda sample: self._journal.add(request_line(step, sample))
-        )
-        ended_s = time.monotonic()
+        before = await asyncio.to_thread(counters, plan)
+        with PowerRecorder() as recorder:
+            began_s = time.monotonic()
+            samples = await run_at_times(
+                *self._where(step.side), asks, timeout_s, lambda sample: self._journal.add(request_line(step, sample))
+            )
+            ended_s = time.monotonic()
         await settle(plan)
         proxy = {name: value - before.get(name, 0) for name, value in (await asyncio.to_thread(counters, plan)).items()}
-        self._journal.add(StepEnd(step, began_s, ended_s, len(samples), proxy))
+        lanes = power.lanes_by_gpu(plan.instances(), plain=step.side == "aggregated")
+        watts = power.drawn(recorder.series(), lanes, began_s, ended_s)
+        self._journal.add(StepEnd(step, began_s, ended_s, len(samples), proxy, watts))
         self._tell(step)
         if all(sample.error for sample in samples):
             raise StartError(f"every request failed at {step.rate:g} requests/s: {samples[0].error}")

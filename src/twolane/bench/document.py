@@ -11,8 +11,9 @@ from twolane.bench import options, sweep
 from twolane.bench.goodput import TIMES, Figures, over_rounds
 from twolane.bench.journal import Measured
 from twolane.bench.options import Asked
+from twolane.bench.power import over_time, per_token
 from twolane.bench.sweep import SIDES, Side
-from twolane.bench.verdict import NAMES, NOTHING, Verdict, verdict
+from twolane.bench.verdict import NAMES, NOTHING, Points, Verdict, reference_rate, verdict
 
 SPREAD = ("goodput_per_s", *TIMES)
 
@@ -30,6 +31,7 @@ def document(measured: Measured) -> dict[str, Any]:
         "model": measured.header.key["model"],
         "idle": {side: msgspec.to_builtins(idle) for side, idle in measured.idle.items()},
         "points": {side: [_point(rate, points[side][rate]) for rate in sorted(points[side])] for side in SIDES},
+        "power": _power(measured, points, asked),
         "counted": {side: _counted(measured, side) for side in SIDES},
         "starts_s": [[line.side, line.took_s] for line in measured.starts],
         "commands": {line.side: line.commands for line in measured.starts},
@@ -60,6 +62,33 @@ def _point(rate: float, rounds: dict[int, Figures]) -> dict[str, Any]:
         "spread": {name: msgspec.to_builtins(spread) for name, spread in spreads.items()},
         "rounds": {str(number): msgspec.to_builtins(entry) for number, entry in sorted(rounds.items())},
     }
+
+
+def _power(measured: Measured, points: Points, asked: Asked) -> dict[str, Any] | None:
+    """Joules a token by side and rate, a round each; and both sides' power over time in the first round, at the rate at
+    which latencies are compared. None where no GPU told."""
+    found = {step: end.power for step, end in measured.ends.items() if end.power}
+    if not found:
+        return None
+    energy: dict[Side, dict[float, list[dict[str, float]]]] = {side: {} for side in SIDES}
+    for step, drawn in found.items():
+        figures = measured.figures[step]
+        joules = per_token(drawn, asked.input_len * (figures.requests - figures.failed), figures.tokens)
+        energy[step.side].setdefault(step.rate, []).append(joules)
+    rate = reference_rate(points)
+    shown = {side: next((d for s, d in found.items() if (s.side, s.rate) == (side, rate)), None) for side in SIDES}
+    return {
+        "energy": {side: [_joules(at, rounds) for at, rounds in sorted(energy[side].items())] for side in SIDES},
+        "rate": rate,
+        "update_s": next((drawn.update_s for drawn in found.values()), None),
+        "over_time": {side: over_time(drawn) for side, drawn in shown.items() if drawn},
+    }
+
+
+def _joules(rate: float, rounds: list[dict[str, float]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for entry in rounds for name in entry)
+    spreads = {name: over_rounds([entry.get(name) for entry in rounds]) for name in names}
+    return {"rate": rate, "spread": {name: msgspec.to_builtins(spread) for name, spread in spreads.items()}}
 
 
 def _counted(measured: Measured, side: Side) -> dict[str, int]:

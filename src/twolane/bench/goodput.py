@@ -35,6 +35,7 @@ class Figures(msgspec.Struct, frozen=True):
     good: int
     goodput_per_s: float
     holds: bool
+    tokens: int  # generated, of failed requests too
     ttft_p50_ms: float | None = None
     ttft_p99_ms: float | None = None
     itl_p50_ms: float | None = None
@@ -70,6 +71,7 @@ def figures_of(samples: Sequence[Sample], rate: float, objective: Objective) -> 
         holds=not errors
         and ttft.get("ttft_p99_ms", 0.0) <= objective.ttft_ms
         and itl.get("itl_p99_ms", 0.0) <= objective.itl_ms,
+        tokens=sum(sample.num_tokens or len(sample.event_s) for sample in samples),
         **ttft,
         **itl,
         **tpot,

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from twolane.bench.charts import Chart, charts_of, counted_rows
+from twolane.bench.power_charts import ENERGY, energy_table, how_often, of_comparison, watts_chart
 from twolane.bench.verdict import number
 
 COUNTED = (
@@ -29,7 +30,8 @@ METHOD = (
 
 
 def page(report: dict[str, Any]) -> str:
-    charts = charts_of(report)
+    power = report["power"]
+    charts = charts_of(report) + (of_comparison(power) if power else [])
     body = [
         "<main><h1>TwoLane: are two lanes worth it here?</h1>",
         f'<p class="headline">{escape(report["headline"])}</p>',
@@ -37,12 +39,34 @@ def page(report: dict[str, Any]) -> str:
         f'<p class="quiet">{escape(_asked(report))}</p>',
         _warnings(report),
         *map(_figure, charts),
+        _energy(power) if power else "",
         "<h2>Failures, retries, handoffs</h2>" + _table("Of all whole steps.", COUNTED, counted_rows(report)),
         f"<h2>How it was measured</h2><p>{escape(METHOD)}</p>",
         "<h2>Settings</h2>" + _settings(report),
         "</main>",
     ]
     return _document("TwoLane: comparison", "\n".join(body), charts)
+
+
+def power_page(report: dict[str, Any]) -> str:
+    """Of plain `twolane bench`, whose figures vLLM prints: power over time, and joules a token."""
+    power = report["power"]
+    chart = watts_chart("power", "Power over time", how_often(power["update_s"]), power["over_time"])
+    told = "; ".join(f"{ENERGY[name]}: {number(joules)}" for name, joules in power["joules_per_token"].items())
+    where = f"{report['model']} at {report['url']}, {report['at']}; the benchmark's own start is in it"
+    body = [
+        "<main><h1>TwoLane: power of a benchmark</h1>",
+        f'<p class="headline">{escape(told or "No tokens were counted.")}</p>',
+        f'<p class="quiet">{escape(where)}</p>',
+        _figure(chart),
+        "</main>",
+    ]
+    return _document("TwoLane: power of a benchmark", "\n".join(body), [chart])
+
+
+def _energy(power: dict[str, Any]) -> str:
+    header, rows = energy_table(power)
+    return "<h2>Energy</h2>" + _table("Joules: median of the rounds, below it lowest and highest.", header, rows)
 
 
 def _document(title: str, body: str, charts: Iterable[Chart]) -> str:

@@ -15,6 +15,7 @@ import msgspec
 
 from twolane.bench.client import Sample
 from twolane.bench.goodput import Figures, Objective, figures_of
+from twolane.bench.power import Drawn
 from twolane.bench.sweep import Done, Side, Step
 from twolane.errors import ConfigError
 
@@ -53,7 +54,7 @@ class StepEnd(msgspec.Struct, tag="step", tag_field="kind", frozen=True):
     ended_s: float
     num_requests: int
     proxy: dict[str, int]
-    power: dict[str, Any] | None = None
+    power: Drawn | None = None
 
 
 class Idle(msgspec.Struct, tag="idle", tag_field="kind", frozen=True):

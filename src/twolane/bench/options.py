@@ -125,10 +125,10 @@ def objective_of(asked: Asked, idle: Idle) -> Objective:
     )
 
 
-def schedule_of(asked: Asked, idle: Idle | None, able: tuple[Side, ...]) -> Schedule:
+def schedule_of(asked: Asked, idle: Idle | None, able: tuple[Side, ...], interleaved: bool = False) -> Schedule:
     """A search begins at the rate at which an idle side would always have one request to do."""
     first = 1000 / idle.end_to_end_ms if idle else 1.0
-    return Schedule(asked.rounds, asked.rates, round_rate(first), able, asked.step_s, asked.num_prompts)
+    return Schedule(asked.rounds, asked.rates, round_rate(first), able, asked.step_s, asked.num_prompts, interleaved)
 
 
 def timeout_s(asked: Asked, objective: Objective) -> float:

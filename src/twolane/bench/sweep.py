@@ -1,13 +1,15 @@
 """Which rate is asked of which side next, and how long the rest will take. Pure.
 
-Rounds go a b, b a, a b, ...: so neither side always comes first, and a side that is up stays for two turns. In the
-first round each side searches: rates double until the objective breaks, then the gap is halved. The later rounds repeat
-every rate that either side met there. Whoever knows the steps that are done knows the next one, so a run can go on.
+Rounds go a b, b a, a b, ...: so neither side always comes first, and a side that is up stays for two turns. Where both
+are up at once they change at every step, so that what else goes on in the machine meets both alike. In the first round
+each side searches: rates double until the objective breaks, then the gap is halved. The later rounds repeat every rate
+that either side met there. Whoever knows the steps that are done knows the next one, so a run can go on.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -41,6 +43,8 @@ class Done(msgspec.Struct, frozen=True):
 class Schedule(msgspec.Struct, frozen=True):
     """`rates`: the ones to measure; empty: they are searched, from `first_rate` on. `able`: sides that can be had.
 
+    `interleaved`: sides change at every step, which they can if both are up; otherwise at every turn.
+
     A search asks for `search_s` in all, so that a slow side leaves time for the other; but for two rates in any case.
     """
 
@@ -50,6 +54,7 @@ class Schedule(msgspec.Struct, frozen=True):
     able: tuple[Side, ...] = SIDES
     step_s: float = 10.0
     num_prompts: int | None = None
+    interleaved: bool = False
 
     @property
     def search_s(self) -> float:
@@ -65,7 +70,11 @@ class Schedule(msgspec.Struct, frozen=True):
 
 def next_step(schedule: Schedule, done: Sequence[Done]) -> Step | None:
     """None: everything is measured."""
-    for number, side in schedule.turns():
+    turns = schedule.turns()
+    if schedule.interleaved:  # of a round, the side that has fewer steps; else the one whose turn is first
+        counts = Counter((entry.step.round, entry.step.side) for entry in done)
+        turns.sort(key=lambda turn: (turn[0], counts[turn]))
+    for number, side in turns:
         rate = _next_of_turn(schedule, done, number, side)
         if rate is not None:
             return Step(side, number, rate)
