@@ -13,6 +13,7 @@ from twolane.bench.document import document
 from twolane.bench.goodput import Objective
 from twolane.bench.journal import FILE_NAME, Header, Idle, Journal, Note, Objectives, StepEnd, difference, request_line
 from twolane.bench.options import Asked, Given, check_same, fill, objective_of, parse_rates, schedule_of
+from twolane.bench.power import Drawn
 from twolane.bench.sweep import SIDES, Side, Step, next_step
 from twolane.errors import ConfigError
 
@@ -41,10 +42,10 @@ def begin(folder: Path) -> Journal:
     return journal
 
 
-def measure(journal: Journal, step: Step, ttft_s: float = 0.1) -> None:
+def measure(journal: Journal, step: Step, ttft_s: float = 0.1, drawn: Drawn | None = None) -> None:
     for _ in range(3):
         journal.add(request_line(step, sample(ttft_s)))
-    journal.add(StepEnd(step, 5.0, 6.0, 3, {"failed_legs": 1}))
+    journal.add(StepEnd(step, 5.0, 6.0, 3, {"failed_legs": 1}, drawn))
 
 
 def test_what_a_killed_run_has_measured_is_there_but_no_step_that_was_cut(tmp_path: Path) -> None:

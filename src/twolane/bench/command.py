@@ -16,7 +16,7 @@ from twolane.bench import lanes
 from twolane.bench.compare import Comparison, Grounds
 from twolane.bench.document import document
 from twolane.bench.html import page
-from twolane.bench.journal import Header, Journal, difference
+from twolane.bench.journal import Header, Journal, Note, difference
 from twolane.bench.options import USUAL_START_S, Asked, Given, check_same, fill
 from twolane.bench.progress import Bar
 from twolane.bench.service import ends_in_order
@@ -30,6 +30,7 @@ from twolane.launch.model import resolve_model
 from twolane.launch.plan import Plan, ServedModel
 from twolane.launch.progress import Progress
 
+BUSY_SHARE = 0.5  # of the cores
 # Not part of what must be the same when a run goes on: where things lie, and on which ports.
 ELSEWHERE = (
     *("log_dir", "state_dir", "cache_dir", "timeout_seconds", "host", "http_proxy_port", "proxy_port"),
@@ -52,6 +53,8 @@ def compare_command(
     lanes.check_length(plans["aggregated"][1], machine, model, asked.input_len + asked.output_len)
     together = room_for(settings, [plan for _, plan in plans.values()], console)
     journal = Journal.resume(folder) if resume else Journal.begin(folder, header)
+    for text in busy(journal.measured.header.about["hardware"]):
+        journal.add(Note(text))
     grounds = Grounds(asked, plans, together, end_s, USUAL_START_S[machine.engine])
     try:
         with ends_in_order(), Bar(console) as bar:
@@ -63,6 +66,14 @@ def compare_command(
         report = write(journal, folder)
         tell(report, folder, console)
     return all(report["points"].values())
+
+
+def busy(hardware: dict[str, Any]) -> list[str]:
+    """Said where others compute, too: both sides meet that, but not evenly."""
+    load, num_cpus = hardware["load_average"][0], hardware["num_cpus"]
+    if load <= BUSY_SHARE * num_cpus:
+        return []
+    return [f"The machine was busy with other work when this began: load average {load:.1f} on {num_cpus} cores"]
 
 
 def header_of(settings: Settings, asked: Asked, model: ServedModel) -> Header:

@@ -106,4 +106,4 @@ def over_rounds(values: Sequence[float | None]) -> Spread | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return Spread(round(statistics.median(known), 4), min(known), max(known), len(known))
+    return Spread(round(statistics.median(known), 6), min(known), max(known), len(known))
