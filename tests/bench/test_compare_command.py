@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,9 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
 import twolane
 from tests.launch.test_terminal import FAKE_VLLM, heed_ctrl_c
+from twolane.bench import command
+from twolane.bench.options import Given
 from twolane.bench.sweep import SIDES
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
@@ -91,14 +95,27 @@ def test_both_sides_are_asked_the_same_and_the_folder_has_it_all(place: Place) -
     assert {path.name for path in place.out.iterdir()} == {"raw.jsonl", "report.json", "report.html", "logs"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_nothing_and_it_goes_on_where_it_was(place: Place, number: signal.Signals) -> None:
+def test_sides_that_do_not_fit_together_are_up_one_at_a_time(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{FAKE_VLLM}:{Path(twolane.__file__).parent.parent}")
+    monkeypatch.setattr(command, "room_for", lambda *_: False)
+    given = Given(input_len=8, output_len=3, num_prompts=10, rates=(50.0,), rounds=3)
+    settings = Settings(model=str(place.folder / "model"), log_dir=place.folder, cache_dir=place.folder)
+    assert command.compare_command(settings, given, 5.0, place.out, None, Console(file=io.StringIO()))
+    order = [(side, number) for side, number, _ in steps_of(place.raw())]
+    assert order == [
+        *(("aggregated", 0), ("lanes", 0), ("lanes", 1), ("aggregated", 1), ("aggregated", 2), ("lanes", 2)),
+    ]
+    assert [side for side, _ in place.report()["starts_s"]] == ["aggregated", "lanes", "aggregated", "lanes"]
+    assert place.nothing_runs()
+
+
+def test_ctrl_c_leaves_nothing_and_it_goes_on_where_it_was(place: Place) -> None:
     run = place.start(*SMALL, "--out", "out")
     assert run.stdout is not None
     for line in run.stdout:
         if "round 1: the two lanes, 50 requests/s" in line:
             break
-    run.send_signal(number)
+    run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=WAIT_S)
     assert run.returncode == 130, out + err
     assert place.nothing_runs()

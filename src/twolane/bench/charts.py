@@ -29,6 +29,7 @@ class Chart(msgspec.Struct, frozen=True):
     keys: list[Key]
     header: list[str]
     rows: list[list[str]]
+    caption: str = "Median of the rounds, below it the lowest and the highest."
 
 
 def charts_of(report: dict[str, Any]) -> list[Chart]:

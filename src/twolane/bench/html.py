@@ -129,7 +129,7 @@ def _figure(chart: Chart) -> str:
         f'<section><h2>{escape(chart.title)}</h2><p class="quiet">{escape(chart.about)}</p><figure>'
         f'<ul class="legend">{keys}</ul>'
         f'<div class="chart" data-chart="{chart.name}" role="img" aria-label="{label}"></div></figure>'
-        + _table(f"{chart.title}: median of the rounds, below it the lowest and the highest.", chart.header, chart.rows)
+        + _table(f"{chart.title}. {chart.caption}", chart.header, chart.rows)
         + "</section>"
     )
 

@@ -51,7 +51,7 @@ def watts_chart(
     drawn = {"x": at_s, "xLabel": "seconds", "yLabel": "W", "lines": lines, "bands": [], "limits": [], "log": False}
     keys = [Key(STYLES[lane], LABELS[lane]) for lane in lanes]
     rows = [[LABELS[lane], *_mean_and_peak(watts)] for lane, watts in lanes.items()]
-    return Chart(name, title, about, drawn, keys, ["", "mean, W", "highest, W"], rows)
+    return Chart(name, title, about, drawn, keys, ["", "mean, W", "highest, W"], rows, "Of what is drawn.")
 
 
 def _line(lane: str, watts: list[float | None]) -> dict[str, Any]:

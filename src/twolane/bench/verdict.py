@@ -117,7 +117,9 @@ def _compared(name: str, what: str, values: Mapping[Side, Sequence[float]], unit
     worse = SIDES[1 - SIDES.index(better)]
     told = f"{number(middles[better])} against {number(middles[worse])} {unit}{_by_how_much(middles, better, worse)}"
     rounds = min(len(values[side]) for side in SIDES)
-    if rounds < LEAST_ROUNDS and middles[better] != middles[worse]:
+    if middles[better] == middles[worse]:
+        return Outcome(name, "tie", f"{what}: no difference, {number(middles[better])} {unit} on both sides.")
+    if rounds < LEAST_ROUNDS:
         return Outcome(name, "unknown", f"{what}: {told} for {NAMES[better]}, in one round: that may be chance.")
     if not is_apart(values[better], values[worse]):
         ranges = " and ".join(f"{NAMES[side]} {_range(values[side])}" for side in SIDES)
