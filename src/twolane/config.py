@@ -108,6 +108,7 @@ class Settings:
     decode_args: tuple[str, ...] = ()
     restart_tries: int = 5  # an instance that ends more often than this ...
     restart_minutes: float = 10.0  # ... within this time is given up
+    drain_seconds: float = 60.0  # what runs on an instance may end before a restart that was asked for
     log_max_mb: int = 100  # a log that grows larger moves to NAME.log.1
     # The proxy's own; ProxySettings says more of each.
     policy: Policy = ProxySettings.policy

@@ -84,6 +84,7 @@ class Plan(msgspec.Struct, frozen=True):
     kv: Kv = "twolane"
     restart_tries: int = 5
     restart_within_s: float = 600.0
+    drain_s: float = 60.0
     log_max_bytes: int = 100_000_000
 
     @property
@@ -116,6 +117,7 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
         kv=settings.kv,
         restart_tries=settings.restart_tries,
         restart_within_s=settings.restart_minutes * 60,
+        drain_s=settings.drain_seconds,
         log_max_bytes=settings.log_max_mb * 1_000_000,
     )
     _check_collisions(plan)

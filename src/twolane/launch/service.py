@@ -10,14 +10,19 @@ from pathlib import Path
 from twolane.errors import StartError
 from twolane.launch.diagnose import diagnose
 from twolane.launch.logs import Follower
-from twolane.launch.phases import FIRST_ANSWER, IMPORTING, READY, REGISTERING, next_phase
+from twolane.launch.phases import DRAINING, FIRST_ANSWER, IMPORTING, READY, REGISTERING, next_phase
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.process import Child, last_lines
 from twolane.launch.state import ServiceState
 
 TAIL_LINES = 20
 DIAGNOSED_LINES = 200
-PROBED = {FIRST_ANSWER, REGISTERING, READY}  # what the supervisor has found out; older log lines don't change it
+PROBED = {
+    FIRST_ANSWER,
+    REGISTERING,
+    READY,
+    DRAINING,
+}  # what the supervisor has found out; older log lines don't change it
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 STEADY_AFTER_S = 60.0  # ready for this long, and the next restart begins with the shortest wait again
 

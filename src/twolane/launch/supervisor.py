@@ -20,7 +20,8 @@ from pathlib import Path
 from twolane.errors import StartError
 from twolane.launch import probes, upkeep
 from twolane.launch.diagnose import not_registered
-from twolane.launch.phases import FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING, STARTING_SERVER
+from twolane.launch.drain import drain
+from twolane.launch.phases import DRAINING, FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING, STARTING_SERVER
 from twolane.launch.plan import Plan
 from twolane.launch.process import identify
 from twolane.launch.service import Service, ServiceError, describe_exit
@@ -159,6 +160,7 @@ class Supervisor:
         """Starts it again whenever it ends or somebody asks for it; never returns."""
         while True:
             await self._until_exit(service)
+            await self._drain(service)
             wait_s = self._restart_wait_s(service)
             service.state.restarts += 1
             service.enter(RESTARTING)
@@ -174,6 +176,12 @@ class Supervisor:
             except StartError as error:
                 log.warning("service=%s event=restart_failed error=%s", service.spec.name, error)
                 await asyncio.to_thread(service.stop, INSTANCE_STOP_S)  # it may be alive, only not ready in time
+
+    async def _drain(self, service: Service) -> None:
+        """Where somebody asked for the restart of an instance that serves. The proxy drains by itself."""
+        if service.exit_code() is None and service.spec.role != "proxy":
+            service.enter(DRAINING)
+            await drain(self._plan, service.spec)
 
     def _restart_wait_s(self, service: Service) -> float | None:
         """How long to wait before it is started again; None to give it up."""
@@ -195,8 +203,8 @@ class Supervisor:
         service.restart_wanted.clear()
 
     async def _until_exit(self, service: Service) -> None:
-        looked_s = 0.0
         """Or until somebody asks for a restart."""
+        looked_s = 0.0
         while service.exit_code() is None and not service.restart_wanted.is_set():
             if time.monotonic() - looked_s > LOOK_EVERY_S:
                 service.look()
@@ -223,7 +231,7 @@ class Supervisor:
         self._enter("failed" if failed else "stopped")
 
     async def _stop_one(self, service: Service, wait_s: float) -> None:
-        if service.state.phase != READY:
+        if service.state.phase not in {READY, DRAINING}:
             wait_s = STARTING_STOP_S
         how = await asyncio.to_thread(service.stop, wait_s)
         service.exit_code()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from twolane.launch.phases import READY, REGISTERING
+from twolane.launch.phases import DRAINING, READY, REGISTERING, RESTARTING
 from twolane.launch.plan import Plan
 from twolane.launch.registrar import make_registrar
 from twolane.launch.service import Service
@@ -39,8 +39,10 @@ async def register(plan: Plan, services: Sequence[Service]) -> None:
     try:
         while mine:
             for service, registrar in mine:
-                if service.state.phase in {REGISTERING, READY}:
+                if service.state.phase in {REGISTERING, READY, DRAINING}:
                     registrar.tick()
+                elif service.state.phase == RESTARTING:
+                    registrar.renew()
             await asyncio.sleep(REGISTER_TICK_S)
     finally:
         for _, registrar in mine:

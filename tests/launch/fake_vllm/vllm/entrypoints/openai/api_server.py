@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import http.server
 import json
+import os
 import threading
 import time
 from typing import Any
@@ -51,7 +52,7 @@ class Engine:
         role = "P" if self.config["kv_role"] == "kv_producer" else "D"
         me = {"type": role, "http_address": extra["http_address"], "zmq_address": address}
         while True:
-            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": address}))
+            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": str(os.getpid())}))
             time.sleep(1)
 
     def usage(self, max_tokens: int) -> dict[str, int]:
