@@ -41,6 +41,7 @@ def side_settings(settings: Settings, folder: Path, side: Side, base: int) -> Se
         prefill_kv_port=prefill_kv,
         decode_kv_port=prefill_kv + PORT_STEP * x,
         host="127.0.0.1",
+        power_csv=None,  # the comparison records it itself
         log_dir=folder / "logs" / side,
         state_dir=folder / "state" / side,
     )
