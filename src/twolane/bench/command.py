@@ -19,7 +19,8 @@ from twolane.bench.html import page
 from twolane.bench.journal import Header, Journal, Note, difference
 from twolane.bench.options import USUAL_START_S, Asked, Given, check_same, fill
 from twolane.bench.progress import Bar
-from twolane.bench.service import ends_in_order
+from twolane.bench.service import Interrupt
+from twolane.bench.sweep import SIDES
 from twolane.config import Settings
 from twolane.errors import ConfigError
 from twolane.launch import benchmark, control
@@ -49,16 +50,17 @@ def compare_command(
     header = header_of(settings, fill(given, machine.engine, settings.decode_args, 60 * budget_minutes), model)
     folder = resume or out or settings.log_dir / time.strftime("compare-%Y%m%d-%H%M%S")
     asked = msgspec.convert(went_on(resume, header, given) if resume else header.asked, Asked)
+    end_leftovers(folder)
     plans = lanes.both_plans(settings, asked.aggregated_args, folder.absolute(), machine, model)
     lanes.check_length(plans["aggregated"][1], machine, model, asked.input_len + asked.output_len)
     together = room_for(settings, [plan for _, plan in plans.values()], console)
     journal = Journal.resume(folder) if resume else Journal.begin(folder, header)
-    for text in busy(journal.measured.header.about["hardware"]):
+    for text in (*(["It was interrupted, and went on later"] if resume else []), *busy(header.about["hardware"])):
         journal.add(Note(text))
     grounds = Grounds(asked, plans, together, end_s, USUAL_START_S[machine.engine])
     try:
-        with ends_in_order(), Bar(console) as bar:
-            Comparison(grounds, journal, bar).run()
+        with Interrupt() as interrupt, Bar(console) as bar:
+            Comparison(grounds, journal, bar, interrupt).run()
     finally:
         journal.close()
         journal.measured.close()
@@ -66,6 +68,12 @@ def compare_command(
         report = write(journal, folder)
         tell(report, folder, console)
     return all(report["points"].values())
+
+
+def end_leftovers(folder: Path) -> None:
+    """What a comparison in this folder that was killed has left running."""
+    for side in SIDES:
+        control.stop_all(control.Files(Settings(state_dir=folder / "state" / side)))
 
 
 def busy(hardware: dict[str, Any]) -> list[str]:

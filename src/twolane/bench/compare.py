@@ -20,7 +20,7 @@ from twolane.bench.goodput import Objective
 from twolane.bench.journal import Idle, Journal, Measured, Note, Objectives, Started, StepEnd, request_line
 from twolane.bench.options import Asked
 from twolane.bench.progress import Bar
-from twolane.bench.service import started, undisturbed
+from twolane.bench.service import Interrupt, started
 from twolane.bench.sweep import Pace, Schedule, Side, Step
 from twolane.bench.verdict import NAMES, in_words, number, p99s
 from twolane.bench.workload import Ask, one_at_a_time, poisson
@@ -57,12 +57,13 @@ class Grounds:
 class Comparison:
     """One run of the command. Owns which sides are up, and adds to the journal."""
 
-    def __init__(self, grounds: Grounds, journal: Journal, bar: Bar) -> None:
+    def __init__(self, grounds: Grounds, journal: Journal, bar: Bar, interrupt: Interrupt) -> None:
         reserve_s = min(STOP_RESERVE_S, (grounds.end_s - time.monotonic()) / 10)
         self._asked = grounds.asked
         self._grounds = grounds
         self._journal = journal
         self._bar = bar
+        self._interrupt = interrupt
         self._end_s = grounds.end_s - reserve_s
         self._up: dict[Side, ExitStack] = {}
 
@@ -72,23 +73,19 @@ class Comparison:
         Whatever it raises (KeyboardInterrupt too), the journal has what was measured.
         """
         try:
-            with quiet_collector():
-                while (step := sweep.next_step(self._schedule(), self._measured.done())) and self._advance(step):
-                    self._bar.left(self._left_s())
+            while (step := sweep.next_step(self._schedule(), self._measured.done())) and self._advance(step):
+                self._bar.left(self._left_s())
         finally:
-            with undisturbed():
-                self._stop_all()
+            self._stop_all()
 
     def _advance(self, step: Step) -> bool:
         """Does what comes first on the way to this step: start its side, or measure it. False: no time for it."""
+        self._interrupt.check()
         try:
             if step.side not in self._up:
                 self._begin(step.side)
-            elif self._time_left_s() < self._longest_s(step):
-                raise _BudgetSpent
             else:
-                self._bar.say(f"round {step.round + 1}: {NAMES[step.side]}, {step.rate:g} requests/s")
-                asyncio.run(self._step(step))
+                self._measure(step)
         except _BudgetSpent:
             self._journal.add(Note("the budget was spent before everything was measured"))
             return False
@@ -124,11 +121,6 @@ class Comparison:
         steps = sweep.remaining(self._schedule(), self._measured.done())
         return min(self._time_left_s(), sweep.left_s(steps, self._pace(), self._up, self._grounds.together))
 
-    def _longest_s(self, step: Step) -> float:
-        """If the last request of it is never answered."""
-        asked = self._pace().of_step(step.rate) - self._pace().tail_s
-        return 1.2 * asked + options.timeout_s(self._asked, self._objective)
-
     # --- sides --------------------------------------------------------------------------------------------------------
 
     def _begin(self, side: Side) -> None:
@@ -145,9 +137,10 @@ class Comparison:
         stack.enter_context(started(plan, settings, partial(self._watch, side)))
         took_s = round(time.monotonic() - began_s, 1)
         self._journal.add(Started(side, took_s, [list(spec.argv) for spec in plan.services]))
-        asyncio.run(self._warm_up(side))
+        self._interrupt.run(self._warm_up(side))
 
     def _watch(self, side: Side, services: list[ServiceState]) -> None:
+        self._interrupt.check()
         self._bar.services(NAMES[side], services)
         if self._time_left_s() <= 0:
             raise _BudgetSpent
@@ -201,13 +194,21 @@ class Comparison:
         asked = self._asked
         return one_at_a_time(seed_of(asked.seed, part), count, asked.input_len, asked.output_len)
 
-    async def _step(self, step: Step) -> None:
+    def _measure(self, step: Step) -> None:
         """The same requests at the same times for both sides."""
-        asked, plan = self._asked, self._grounds.plans[step.side][1]
+        asked = self._asked
         count = sweep.num_requests(step.rate, asked.step_s, asked.num_prompts)
         seed = seed_of(asked.seed, f"round {step.round} rate {step.rate}")
         asks = poisson(seed, count, asked.input_len, asked.output_len, step.rate)
         timeout_s = options.timeout_s(asked, self._objective)
+        if self._time_left_s() < asks[-1].at_s + timeout_s:
+            raise _BudgetSpent
+        self._bar.say(f"round {step.round + 1}: {NAMES[step.side]}, {step.rate:g} requests/s")
+        with quiet_collector():
+            self._interrupt.run(self._step(step, asks, timeout_s))
+
+    async def _step(self, step: Step, asks: list[Ask], timeout_s: float) -> None:
+        plan = self._grounds.plans[step.side][1]
         before = await asyncio.to_thread(counters, plan)
         with PowerRecorder() as recorder:
             began_s = time.monotonic()

@@ -101,6 +101,7 @@ class Measured:
     notes: list[str] = field(default_factory=list)
     failed: dict[Side, str] = field(default_factory=dict)
     cut: int = 0
+    _open: dict[Step, list[Sample]] = field(default_factory=dict)  # requests of steps that haven't ended
 
     def take(self, line: Line) -> None:
         match line:
@@ -121,8 +122,6 @@ class Measured:
                 self.notes.append(line.text)
                 if line.failed:
                     self.failed[line.failed] = line.text
-
-    _open: dict[Step, list[Sample]] = field(default_factory=dict)
 
     def _drop(self, side: Side) -> int:
         """A side that starts has no step under way: what is open was cut."""

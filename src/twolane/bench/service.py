@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
 from twolane.config import Settings
 from twolane.launch import control
 from twolane.launch.plan import Plan
 from twolane.launch.ports import check_ports
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK_EVERY_S = 0.1
+T = TypeVar("T")
 
 
 @contextmanager
@@ -39,8 +45,7 @@ def undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield
     finally:
@@ -48,21 +53,50 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _as_ctrl_c(_number: int, _frame: FrameType | None) -> None:
-    signal.raise_signal(signal.SIGINT)
+class Interrupt:
+    """Whether somebody wants it to end: by Ctrl+C, `kill`, or a terminal that is closed. Used as a context.
 
+    Its signal handler raises nothing, since what is raised in a destructor is lost, and the wish with it. So whoever
+    waits asks: `check`, and `run` for what is asynchronous.
+    """
 
-@contextmanager
-def ends_in_order() -> Iterator[None]:
-    """A closed terminal, `kill` and Ctrl+C end it alike, also where a shell's background has Ctrl+C ignored."""
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]] = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: _as_ctrl_c,
-        signal.SIGHUP: _as_ctrl_c,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self.wanted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.wanted = True
+
+    def check(self) -> None:
+        """KeyboardInterrupt if it is wanted."""
+        if self.wanted:
+            raise KeyboardInterrupt
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Like asyncio.run; cancels the work when it is wanted, and raises KeyboardInterrupt."""
+        try:
+            return asyncio.run(self._guarded(work))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+
+    async def _guarded(self, work: Coroutine[Any, Any, T]) -> T:
+        me = asyncio.current_task()
+        assert me is not None
+        watcher = asyncio.create_task(self._cancel_when_wanted(me))  # not in a group: errors of `work` stay as they are
+        try:
+            return await work
+        finally:
+            watcher.cancel()
+
+    async def _cancel_when_wanted(self, task: asyncio.Task[Any]) -> None:
+        while not self.wanted:  # noqa: ASYNC110 - a signal handler sets it, and no loop hears of that
+            await asyncio.sleep(LOOK_EVERY_S)
+        task.cancel()
