@@ -142,6 +142,8 @@ def tell(report: dict[str, Any], folder: Path, console: Console) -> None:
     sentences = [outcome["sentence"] for outcome in report["outcomes"]] + [report["failures"]]
     for text in (report["headline"], *(f"  {sentence}" for sentence in filter(None, sentences))):
         console.print(text, markup=False)
+    for text in report["notes"]:
+        console.print(f"  note: {text}", markup=False)
     for text in report["left_out"]:
         console.print(f"  left out: {text}", markup=False)
     if report["left_out"]:

@@ -179,6 +179,7 @@ class Comparison:
             self._bar.say(f"objective: {in_words(self._objective)}")
 
     async def _within_budget(self, asking: Awaitable[list[Sample]]) -> list[Sample]:
+        """A step that takes longer than the budget allows was cut, and doesn't count."""
         try:
             async with asyncio.timeout(max(0.0, self._time_left_s())):
                 return await asking
@@ -201,7 +202,7 @@ class Comparison:
         seed = seed_of(asked.seed, f"round {step.round} rate {step.rate}")
         asks = poisson(seed, count, asked.input_len, asked.output_len, step.rate)
         timeout_s = options.timeout_s(asked, self._objective)
-        if self._time_left_s() < asks[-1].at_s + timeout_s:
+        if self._time_left_s() < asks[-1].at_s + self._pace().tail_s:
             raise _BudgetSpent
         self._bar.say(f"round {step.round + 1}: {NAMES[step.side]}, {step.rate:g} requests/s")
         with quiet_collector():
@@ -212,9 +213,10 @@ class Comparison:
         before = await asyncio.to_thread(counters, plan)
         with PowerRecorder() as recorder:
             began_s = time.monotonic()
-            samples = await run_at_times(
+            asking = run_at_times(
                 *self._where(step.side), asks, timeout_s, lambda sample: self._journal.add(request_line(step, sample))
             )
+            samples = await self._within_budget(asking)
             ended_s = time.monotonic()
         await settle(plan)
         proxy = {name: value - before.get(name, 0) for name, value in (await asyncio.to_thread(counters, plan)).items()}

@@ -19,7 +19,7 @@ DEFAULT_ROUNDS = 3
 BUDGET_MINUTES = 30.0
 USUAL_START_S: dict[Engine, float] = {"cuda": 100.0, "cpu": 45.0}
 PATIENCE = 4.0  # a request may take so many times what the objective allows for it; then it is a time-out
-LEAST_TIMEOUT_S = 10.0
+TIMEOUT_S = (10.0, 300.0)  # least and most
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -134,7 +134,8 @@ def schedule_of(asked: Asked, idle: Idle | None, able: tuple[Side, ...], interle
 def timeout_s(asked: Asked, objective: Objective) -> float:
     """Of one request."""
     allowed_ms = objective.ttft_ms + asked.output_len * objective.itl_ms
-    return max(LEAST_TIMEOUT_S, PATIENCE * allowed_ms / 1000)
+    least, most = TIMEOUT_S
+    return min(most, max(least, PATIENCE * allowed_ms / 1000))
 
 
 def pace_of(asked: Asked, idle: Idle | None, start_s: float) -> Pace:
