@@ -173,7 +173,7 @@ def test_a_side_that_does_not_start_is_told_and_the_other_is_measured(place: Pla
         (("--input-len", "9000"), "an instance takes 8192: ask for less, or raise --max-model-len"),
         (("--rates", "x"), "give requests a second with commas"),
         (("--request-rate", "2"), "--request-rate has no meaning with --compare"),
-        (("--resume", "nowhere"), "is no comparison that can go on"),
+        (("--resume", "nowhere"), "holds no comparison that can go on"),
         (("--resume", "nowhere", "--out", "x"), "--out has no meaning with --resume"),
     ],
 )

@@ -89,10 +89,13 @@ def test_a_side_that_could_not_be_had_is_tried_again_when_it_goes_on(tmp_path: P
 
 
 def test_a_folder_holds_one_comparison(tmp_path: Path) -> None:
-    begin(tmp_path).close()
+    journal = begin(tmp_path)
+    with pytest.raises(ConfigError, match="another comparison is at work"):
+        Journal.resume(tmp_path)
+    journal.close()
     with pytest.raises(ConfigError, match="--resume"):
         Journal.begin(tmp_path, header())
-    with pytest.raises(ConfigError, match="no comparison that can go on"):
+    with pytest.raises(ConfigError, match="holds no comparison that can go on"):
         Journal.resume(tmp_path / "elsewhere")
     (tmp_path / FILE_NAME).write_text('{"kind":"note","text":"x"}\n')
     with pytest.raises(ConfigError, match="begin a new one"):

@@ -49,12 +49,12 @@ def compare_command(
     model = resolve_model(settings, machine.engine, Progress(console))
     header = header_of(settings, fill(given, machine.engine, settings.decode_args, 60 * budget_minutes), model)
     folder = resume or out or settings.log_dir / time.strftime("compare-%Y%m%d-%H%M%S")
-    asked = msgspec.convert(went_on(resume, header, given) if resume else header.asked, Asked)
-    end_leftovers(folder)
+    journal = went_on(resume, header, given) if resume else None
+    asked = msgspec.convert((journal.measured.header if journal else header).asked, Asked)
     plans = lanes.both_plans(settings, asked.aggregated_args, folder.absolute(), machine, model)
     lanes.check_length(plans["aggregated"][1], machine, model, asked.input_len + asked.output_len)
     together = room_for(settings, [plan for _, plan in plans.values()], console)
-    journal = Journal.resume(folder) if resume else Journal.begin(folder, header)
+    journal = journal or Journal.begin(folder, header)
     for text in (*(["It was interrupted, and went on later"] if resume else []), *busy(header.about["hardware"])):
         journal.add(Note(text))
     grounds = Grounds(asked, plans, together, end_s, USUAL_START_S[machine.engine])
@@ -107,15 +107,15 @@ def model_key(model: ServedModel) -> dict[str, Any]:
     return {"names": list(model.names[:1]), "config": digest, "weights_bytes": sizes}
 
 
-def went_on(folder: Path, now: Header, given: Given) -> dict[str, Any]:
-    """What the run that goes on was asked for. ConfigError if anything has changed that would change its figures."""
+def went_on(folder: Path, now: Header, given: Given) -> Journal:
+    """The journal that goes on. ConfigError if anything has changed that would change its figures."""
     journal = Journal.resume(folder)
-    journal.close()
     then = journal.measured.header
     if changed := difference(now.key, then.key):
         raise ConfigError(f"--resume {folder}: {'; '.join(changed[:3])}: set it back, or begin a new comparison")
     check_same(given, msgspec.convert(then.asked, Asked))
-    return then.asked
+    end_leftovers(folder)
+    return journal
 
 
 def room_for(settings: Settings, plans: list[Plan], console: Console) -> bool:

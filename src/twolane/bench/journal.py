@@ -7,6 +7,7 @@ such. Times are seconds of the machine's monotonic clock.
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,21 @@ def sample_of(line: Request) -> Sample:
 class Journal:
     """Owns the file and what was measured. `add` writes through: a killed process loses no line that it added."""
 
-    def __init__(self, path: Path, measured: Measured, whole_bytes: int) -> None:
-        self.measured = measured
+    def __init__(self, path: Path, measured: Measured | None = None) -> None:
+        """Without `measured` the file says it. ConfigError if it doesn't, or if another process has it."""
         self._file = path.open("ab")
-        self._file.truncate(whole_bytes)  # a line that was being written when the process was killed
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if measured is None:
+                measured, whole_bytes = read(path)
+                self._file.truncate(whole_bytes)  # a line that was being written when the process was killed
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(f"another comparison is at work in {path.parent}: wait until it is done") from None
+        except ConfigError:
+            self._file.close()
+            raise
+        self.measured = measured
 
     @classmethod
     def begin(cls, folder: Path, header: Header) -> Journal:
@@ -164,16 +176,19 @@ class Journal:
                 f"{folder} holds a comparison already: `--resume {folder}` goes on, or name another --out"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        journal = cls(path, Measured(header), 0)
+        journal = cls(path, Measured(header))
         journal.add(header)
         return journal
 
     @classmethod
     def resume(cls, folder: Path) -> Journal:
         """ConfigError if there is none that this version understands."""
-        measured, whole_bytes = read(folder / FILE_NAME)
-        measured.failed.clear()  # what couldn't be had then is tried again
-        return cls(folder / FILE_NAME, measured, whole_bytes)
+        path = folder / FILE_NAME
+        if not path.exists():
+            raise ConfigError(f"{folder} holds no comparison that can go on")
+        journal = cls(path)
+        journal.measured.failed.clear()  # what couldn't be had then is tried again
+        return journal
 
     def add(self, line: Line) -> None:
         self._file.write(_encode(line) + b"\n")
@@ -191,7 +206,7 @@ def read(path: Path) -> tuple[Measured, int]:
         whole = data[: data.rfind(b"\n") + 1]
         lines = [_decode(line) for line in whole.splitlines()]
     except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{path} is no comparison that can go on: {error}") from error
+        raise ConfigError(f"{path} holds no comparison that can go on: {error}") from error
     if not lines or not isinstance(lines[0], Header) or lines[0].format != FORMAT:
         raise ConfigError(f"{path} is no comparison that this version can go on with: begin a new one")
     measured = Measured(lines[0])
