@@ -62,11 +62,17 @@ class ProxySettings:
     registration_expiry_s: float = 15.0
     drain_timeout_s: float = 30.0  # SIGTERM to exit, while streams end
     health_timeout_s: float = 5.0  # one probe
+    engines_every_s: float = 5.0  # each instance's own /metrics is read
+    engines_watched_every_s: float = 1.0  # the same while somebody watches; older numbers are no answer to a scrape
+    engines_timeout_s: float = 5.0  # one such page
+    engines_wait_s: float = 1.0  # a scrape of ours waits so long for new numbers
     prefill_linger_s: float = 1.0  # P's answer, after D's has ended: later than that its leg is cut
     upstream_idle_s: float = 4.0  # a kept-alive connection to an instance; vLLM's server closes its own after 5 s
     linger_s: float = 2.0  # a refused client's unread bytes, so that it still reads why
+    max_engine_page_bytes: int = 2 * 1024 * 1024  # of an instance's /metrics
     power_csv: Path | None = None  # where the GPUs' power is recorded
     power_every_s: float = 0.1  # how often they are asked, while it is recorded or watched
+    otlp_endpoint: str = ""  # of an OpenTelemetry collector, OTLP over HTTP; empty: no spans
     max_head_bytes: int = 64 * 1024
     max_body_bytes: int = 64 * 1024 * 1024
     max_held_body_bytes: int = 8 * 1024 * 1024  # D's answer, if not a stream, is held until it is whole
@@ -125,6 +131,7 @@ class Settings:
     api_key: tuple[str, ...] = ()
     api_key_file: Path | None = None
     upstream_api_key: str = ""
+    otlp_endpoint: str = ProxySettings.otlp_endpoint
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

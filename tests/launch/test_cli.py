@@ -21,6 +21,7 @@ COMMANDS = [
     "restart",
     "status",
     "logs",
+    "trace",
     "proxy",
     "prefill",
     "decode",

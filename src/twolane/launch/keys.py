@@ -49,6 +49,7 @@ HELP = {
     "api_key": "clients need one of these keys",
     "api_key_file": "file with more of them, one a line",
     "upstream_api_key": "what the instances were given as --api-key",
+    "otlp_endpoint": "OpenTelemetry collector (OTLP over HTTP) that gets a span tree a request, as http://127.0.0.1:4318",
     "log_dir": "folder of the logs",
     "cache_dir": "folder of the converted default model",
 }

@@ -31,6 +31,7 @@ CPU_KV_SPACE_GIB = 1
 PROXY_OPTIONS = (
     *("policy", "min_prefill_tokens", "max_prefill_queue", "max_in_flight", "max_queued", "queue_timeout"),
     *("power_csv", "power_every"),
+    "otlp_endpoint",
 )
 ALONE_ONLY = ("discovery_host", "registration_secret_file", "api_key", "api_key_file", "upstream_api_key")
 

@@ -22,27 +22,28 @@ class Registrar:
 
     def __init__(self, spec: ServiceSpec, discovery_address: str, kind: Kind) -> None:
         address = f"{spec.host}:{spec.kv_port}"
-        is_nixl = kind == "nixl"
+        speaks_alone = kind == "nixl"
         self._me = Registration(
             type=TYPES[spec.role],
             http_address=spec.address,
             zmq_address=address,
             kind=kind,
-            epoch=uuid.uuid4().hex if is_nixl else "",  # P2pNcclConnector's own registrations have none
+            epoch=uuid.uuid4().hex if speaks_alone else "",  # P2pNcclConnector's own registrations have none
             name=spec.name,
             gpus=list(spec.gpu_uuids),
         )
         self._next_s = 0.0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         # Not the identity under which a connector that registers by itself is connected.
-        self._socket.setsockopt(zmq.IDENTITY, (address if is_nixl else f"{address} launcher").encode())
+        self._socket.setsockopt(zmq.IDENTITY, (address if speaks_alone else f"{address} launcher").encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"tcp://{discovery_address}")
 
     def renew(self) -> None:
         """The instance is about to be another process."""
-        self._me = msgspec.structs.replace(self._me, epoch=uuid.uuid4().hex)
+        if self._me.epoch:
+            self._me = msgspec.structs.replace(self._me, epoch=uuid.uuid4().hex)
 
     def tick(self) -> None:
         if time.monotonic() < self._next_s:

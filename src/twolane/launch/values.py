@@ -141,6 +141,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "api_key": words,
     "api_key_file": path,
     "upstream_api_key": string,
+    "otlp_endpoint": string,
     "log_dir": path,
     "cache_dir": path,
 }

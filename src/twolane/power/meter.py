@@ -7,7 +7,7 @@ from collections import deque
 
 from twolane.power.nvml import GpuReading
 
-_NUM_INTERVALS = 200
+_NUM_INTERVALS = 50
 _ENOUGH_INTERVALS = 5  # fewer say little
 _LONGEST_GAP_S = 5.0  # what a GPU took while it couldn't be asked for longer than this is not guessed
 

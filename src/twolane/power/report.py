@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from twolane.power.lanes import GpuSample, Lane, LaneSample, Sample
 
@@ -36,7 +37,7 @@ def _lane(lane: Lane, totals: LaneSample) -> dict[str, float]:
     return watts | {"joules": round(totals.joules, 3)} | per_token
 
 
-class PowerCollector:
+class PowerCollector(Collector):
     """For a prometheus_client registry: asks for the latest sample when it is scraped. Joules a token are a division:
     `rate(twolane_lane_counted_energy_joules_total[5m]) / rate(twolane_lane_counted_tokens_total[5m])`."""
 

@@ -32,6 +32,7 @@ def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequenc
         queue_timeout_s=settings.queue_timeout,
         power_csv=settings.power_csv,
         power_every_s=settings.power_every,
+        otlp_endpoint=settings.otlp_endpoint,
     )
 
 

@@ -5,25 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 from twolane.config import ProxySettings
 from twolane.power.csv_file import CsvWriter
 from twolane.power.lanes import Member, Sample
 from twolane.power.report import as_dict
 from twolane.power.sampler import Sampler
+from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.pool import Instance, Pool
-
-
-class EngineNumbers(Protocol):
-    """Cumulative, of one engine."""
-
-    @property
-    def prompt_tokens(self) -> float: ...
-
-    @property
-    def generated_tokens(self) -> float: ...
-
 
 # Called in the sampler's thread. None: not known.
 NumbersOf = Callable[[Instance], EngineNumbers | None]

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from twolane.connector.trace import Event, Trace
+from twolane.connector.plan import Ended
+from twolane.connector.story import Event, Story
 
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
@@ -33,13 +34,13 @@ class Engine:
         self.model = model
         self.moved = 0
         trace_file = (config or {}).get("kv_connector_extra_config", {}).get("trace_file", "")
-        self.trace = Trace(trace_file, "P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0)
+        self.story = Story("P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0, trace_file)
 
     def note_transfer(self, params: dict[str, Any]) -> None:
         """As the connector would, all of it at once."""
         prefill = bool(params.get("do_remote_decode"))
         for event in PREFILL_EVENTS if prefill else DECODE_EVENTS:
-            self.trace.note(params["transfer_id"], event)
+            self.story.note(Ended(params["transfer_id"], 0.0), event)
         if not prefill:
             self.moved += 4
 
