@@ -24,9 +24,9 @@ METHOD = (
     "request sent to first token, as the client saw it. ITL: every gap between two tokens, pooled. TPOT: first token "
     "to last, over the tokens. A request met the objective if its TTFT and the p99 of its own gaps did; the search "
     "went up until the p99 of all TTFTs or of all gaps did not, or a request failed. The p99 of fewer than 100 "
-    "requests is the slowest of them. A difference counts if the rounds' ranges don't overlap and it is larger than either "
-    "range: between equal sides that happens by chance in 1 of 5 comparisons with two rounds each, in 1 of 25 with "
-    "three, in 1 of 100 with four."
+    "requests is the slowest of them. A difference counts if the rounds' ranges don't overlap and it is larger than "
+    "either range: between equal sides that happens by chance in 1 of 5 comparisons with two rounds each, in 1 of 25 "
+    "with three, in 1 of 100 with four."
 )
 
 
