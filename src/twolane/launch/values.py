@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from twolane.config import KV_KINDS, GpuGroups, Policy, Transport
+from twolane.config import KV_KINDS, GpuGroups, Policy
+from twolane.protocol import Transport
 
 MAX_INSTANCES = 64  # of a role; see plan.py for how ports are counted on
 GPU_LIST = re.compile(r"\d+(\+\d+)*(,\d+(\+\d+)*)*")
