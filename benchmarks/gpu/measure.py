@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +14,7 @@ from benchmarks.gpu.options import Options
 from benchmarks.gpu.record import Part, Record, Results
 from benchmarks.gpu.setups import Route, Setup
 
-from twolane.bench.client import Sample, ask_once
+from twolane.bench.client import Sample, ask_once, quiet_collector
 from twolane.bench.workload import Ask, poisson, random_prompt
 
 PAUSE_S = 0.02  # so that what a request leaves to be done isn't done in the next one's time
@@ -60,19 +58,6 @@ class Clock:
         await work()
         self._longest_s[kind] = max(self._longest_s.get(kind, 0.0), time.monotonic() - began_s)
         return True
-
-
-@contextmanager
-def quiet_collector() -> Iterator[None]:
-    """No garbage collection while times are taken."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 class Measurement:

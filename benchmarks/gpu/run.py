@@ -26,14 +26,13 @@ from benchmarks.gpu.setups import (
 from benchmarks.gpu.trace import by_transfer, read_traces
 from rich.console import Console
 
+from twolane.bench.service import started
 from twolane.config import Settings
 from twolane.errors import ConfigError, StartError, TwoLaneError
-from twolane.launch import control
 from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.model import resolve_model
 from twolane.launch.plan import Machine, Plan, ServedModel
-from twolane.launch.ports import check_ports
 from twolane.launch.progress import Progress
 from twolane.launch.state import ServiceState
 
@@ -115,17 +114,11 @@ class Run:
     def _started(self, setup: Setup, plan: Plan, settings: Settings, end_s: float) -> Iterator[None]:
         """StartError if an instance doesn't come up, or not in time."""
         self._results.commands[setup.name] = [list(spec.argv) for spec in plan.services]
-        files = control.Files(settings)
-        with control.exclusive(files):
-            control.stop_all(files)  # what a run that was killed has left in this folder
-            check_ports(plan)
-            try:
-                control.start_supervisor(plan, files)
-                control.await_start(files, _Watch(self._say, setup.name, end_s).show)
+        try:
+            with started(plan, settings, _Watch(self._say, setup.name, end_s).show):
                 yield
-            finally:
-                control.stop_all(files)
-                self._say(f"{setup.name}: stopped")
+        finally:
+            self._say(f"{setup.name}: stopped")
 
     def _live(self, setup: Setup, plan: Plan) -> Live:
         routes = tuple(routes_of(setup, plan))

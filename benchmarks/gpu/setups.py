@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 from benchmarks.gpu.options import Options
 
+from twolane.bench.lanes import without_connector
 from twolane.config import Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.kv import check_kv
@@ -175,14 +176,6 @@ def with_extra(spec: ServiceSpec, extra: dict[str, object]) -> ServiceSpec:
     config = json.loads(spec.argv[at])
     config["kv_connector_extra_config"].update(extra)
     return msgspec.structs.replace(spec, argv=(*spec.argv[:at], json.dumps(config), *spec.argv[at + 1 :]))
-
-
-def without_connector(spec: ServiceSpec) -> ServiceSpec:
-    """An instance as vLLM is without us. The proxy is told that it decodes, and so computes prompts by itself."""
-    if spec.role == "proxy":
-        return spec
-    at = spec.argv.index("--kv-transfer-config")
-    return msgspec.structs.replace(spec, argv=(*spec.argv[:at], *spec.argv[at + 2 :]), role="decode")
 
 
 def routes_of(setup: Setup, plan: Plan) -> list[Route]:

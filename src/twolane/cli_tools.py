@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from twolane.bench.command import compare_command
+from twolane.bench.options import BUDGET_MINUTES, Given, parse_rates
+from twolane.errors import ConfigError
 from twolane.flags import EPILOG, EXIT_FAILED, EXIT_OK, console, with_settings
 from twolane.launch import diagnosis, keys
 from twolane.launch import logs as log_files
@@ -19,6 +22,7 @@ from twolane.launch.checks import run_checks
 from twolane.launch.configuration import FILE_NAME, Configuration
 from twolane.launch.plan import proxy_address
 from twolane.launch.story import Asked, print_story
+from twolane.launch.values import words
 
 app = typer.Typer()
 
@@ -115,20 +119,60 @@ def test(made: Configuration) -> None:
 @with_settings()
 def bench(
     made: Configuration,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 1024,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
-    num_prompts: Annotated[int, typer.Option(min=1, help="How many requests.")] = 100,
-    request_rate: Annotated[float, typer.Option(help="Requests a second; inf sends all at once.")] = float("inf"),
-    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Result file; logs/bench-DATE.json if left out.")] = None,
+    input_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt (1024; compare: 256 on CPUs).")
+    ] = None,
+    output_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer (128; compare: 32 on CPUs).")
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="How many requests (100; compare: at each rate).")
+    ] = None,
+    request_rate: Annotated[float | None, typer.Option(help="Requests a second; inf sends all at once.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random prompts.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file (compare: folder) in place of logs/...-DATE.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Are two lanes worth it here? The flags below.")] = False,
+    ttft_ms: Annotated[float | None, typer.Option(min=0.1, help="Objective: TTFT p99; 500 on GPUs.")] = None,
+    itl_ms: Annotated[float | None, typer.Option(min=0.1, help="Objective: ITL p99; 50 on GPUs.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(metavar="R,R,...", help="Requests a second, instead of a search.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often each rate is asked of each side (3).")] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="It stops by itself after so long (30).")
+    ] = None,
+    aggregated_args: Annotated[str | None, typer.Option(help="vLLM options of plain instances; else decode's.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a comparison that stopped.")] = None,
 ) -> None:
     """Run `vllm bench serve` with random prompts against the proxy and save the result, with versions and settings.
 
+    With --compare: start two lanes and as many plain instances in their place, ask both the same, and say which wins.
+
     Example: twolane bench --input-len 1024 --output-len 128 --request-rate 2 --num-prompts 50
+    Example: twolane bench --compare --budget-minutes 20 --prefill-gpu 0 --decode-gpu 1
     """
-    asked = Load(input_len, output_len, num_prompts, request_rate, seed)
-    num_failed = bench_command(made.settings, asked, out, console())
-    raise typer.Exit(EXIT_FAILED if num_failed else EXIT_OK)
+    given = Given(
+        *(input_len, output_len, num_prompts, parse_rates(rates) if rates else (), rounds, seed, ttft_ms, itl_ms),
+        None if aggregated_args is None else words(aggregated_args),
+    )
+    if compare or resume:
+        check_flags(resume, {"--request-rate": request_rate, "--out": out if resume else None})
+        good = compare_command(made.settings, given, budget_minutes or BUDGET_MINUTES, out, resume, console())
+    else:
+        check_flags(None, given.of_compare() | {"--budget-minutes": budget_minutes})
+        rate = float("inf") if request_rate is None else request_rate
+        load = Load(input_len or 1024, output_len or 128, num_prompts or 100, rate, seed or 0)
+        good = bench_command(made.settings, load, out, console()) == 0
+    raise typer.Exit(EXIT_OK if good else EXIT_FAILED)
+
+
+def check_flags(resume: Path | None, out_of_place: dict[str, object]) -> None:
+    """ConfigError for a flag that the other way to benchmark has."""
+    if wrong := [name for name, value in out_of_place.items() if value is not None]:
+        way = "--resume" if resume else "--compare"
+        raise ConfigError(
+            f"{wrong[0]} has no meaning {'with' if resume or wrong[0] == '--request-rate' else 'without'} {way}"
+        )
 
 
 def report_check(out: Console, passed: bool, name: str, detail: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import httptools
@@ -158,14 +160,31 @@ async def run_in_turn(address: str, model: str, asks: list[Ask], timeout_s: floa
     return [await ask_once(address, model, ask, timeout_s) for ask in asks]
 
 
-async def run_at_times(address: str, model: str, asks: list[Ask], timeout_s: float) -> list[Sample]:
-    """Each request at its time, whether the earlier ones have ended or not."""
+async def run_at_times(
+    address: str, model: str, asks: list[Ask], timeout_s: float, on_end: Callable[[Sample], None] = lambda _: None
+) -> list[Sample]:
+    """Each request at its time, whether the earlier ones have ended or not. `on_end`: called with each as it ends."""
     started_s = time.monotonic()
 
     async def wait_and_ask(ask: Ask) -> Sample:
         await asyncio.sleep(max(0.0, started_s + ask.at_s - time.monotonic()))
-        return await ask_once(address, model, ask, timeout_s)
+        sample = await ask_once(address, model, ask, timeout_s)
+        on_end(sample)
+        return sample
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(wait_and_ask(ask)) for ask in asks]
     return [task.result() for task in tasks]
+
+
+@contextlib.contextmanager
+def quiet_collector() -> Iterator[None]:
+    """No garbage collection while times are taken."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

