@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,11 +100,37 @@ def check_benchmarks(place: Place) -> None:
     assert saved["configuration"]["decode"] == "1"
 
 
-def test_two_prefill_and_two_decode_instances_and_a_restart_of_one(place: Place) -> None:
-    up = place.twolane("up", "--prefill", "2", "--decode", "2", "--max-model-len", "1024")
+class Load(threading.Thread):
+    """One streamed request after the other through the proxy, until told to stop. `wrong`: what wasn't whole."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(daemon=True)
+        self.stop = threading.Event()
+        self.num_whole = 0
+        self.wrong: list[str] = []
+        self._port = int(place.ports["HTTP_PROXY_PORT"])
+        self.start()
+
+    def run(self) -> None:
+        body = {"model": "SmolLM2-135M-Instruct", "prompt": "Two trains met", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        while not self.stop.is_set():
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)) as connection:
+                connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+                text = connection.getresponse().read().decode()
+            if text.count('"text"') == 40 and text.endswith("data: [DONE]\n\n"):
+                self.num_whole += 1
+            else:
+                self.wrong.append(text[-300:])
+
+
+def test_scaled_to_two_of_each_and_back_while_requests_go_on(place: Place) -> None:
+    up = place.twolane("up", "--max-model-len", "1024")
     assert up.returncode == 0, up.stdout + up.stderr
+    load = Load(place)
+    scale = place.twolane("scale", "--prefill", "2", "--decode", "2")
+    assert "now 2 prefill and 2 decode instances" in scale.stdout, scale.stdout + scale.stderr
     before = place.services()
-    assert list(before) == ["proxy", "prefill-1", "prefill-2", "decode-1", "decode-2"]
+    assert list(before) == ["proxy", "prefill", "prefill-2", "decode", "decode-2"]
     assert {row["state"] for row in before.values()} == {"ready"}
     assert all(name in place.twolane("status").stdout for name in before)
     restart = place.twolane("restart", "prefill-2")
@@ -110,4 +139,10 @@ def test_two_prefill_and_two_decode_instances_and_a_restart_of_one(place: Place)
     assert [name for name in after if after[name]["pid"] != before[name]["pid"]] == ["prefill-2"]
     tested = place.twolane("test")
     assert "pass  KV moved" in tested.stdout, tested.stdout
-    assert place.twolane("down").stdout.count(": stopped") == 5
+    back = place.twolane("scale", "--prefill", "1", "--decode", "1")
+    assert "prefill-2: drained, stopped\n" in back.stdout, back.stdout + back.stderr
+    assert "decode-2: drained, stopped\n" in back.stdout
+    load.stop.set()
+    load.join(120)
+    assert (load.wrong, load.num_whole > 0) == ([], True)
+    assert place.twolane("down").stdout.count(": stopped") == 3

@@ -21,6 +21,7 @@ from twolane.launch.kv import kv_config, kv_env
 from twolane.launch.options import check_lanes, tensor_parallel_size
 
 Role = Literal["proxy", "prefill", "decode"]
+InstanceRole = Literal["prefill", "decode"]
 Engine = Literal["cpu", "cuda"]
 
 PORT_STEP = 10
@@ -82,6 +83,7 @@ class Plan(msgspec.Struct, frozen=True):
     restart_tries: int = 5
     restart_within_s: float = 600.0
     log_max_bytes: int = 100_000_000
+    settings: Settings = Settings()  # those of `up`: what is added later is started with the same
 
     @property
     def proxy_url(self) -> str:
@@ -94,16 +96,24 @@ class Plan(msgspec.Struct, frozen=True):
     def instances(self) -> list[ServiceSpec]:
         return [spec for spec in self.services if spec.role != "proxy"]
 
+    def of_role(self, role: str) -> list[ServiceSpec]:
+        return [spec for spec in self.services if spec.role == role]
+
 
 def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
     """ConfigError if two services would need the same port, or if there are fewer GPUs than needed."""
     prefill_gpus, decode_gpus = assign_gpus(settings, machine.engine, machine.gpus)
-    given = (settings, machine, model)
-    services = [
-        _proxy(settings, machine),
-        *(_instance(*given, role="prefill", index=i, gpus=prefill_gpus) for i in range(settings.prefill)),
-        *(_instance(*given, role="decode", index=i, gpus=decode_gpus) for i in range(settings.decode)),
-    ]
+    services = [_proxy(settings, machine)]
+    roles: tuple[tuple[InstanceRole, int, GpuGroups], ...] = (
+        ("prefill", settings.prefill, prefill_gpus),
+        ("decode", settings.decode, decode_gpus),
+    )
+    for role, count, groups in roles:
+        names = [role] if count == 1 else [f"{role}-{i + 1}" for i in range(count)]
+        for index, name in enumerate(names):
+            services.append(
+                make_instance(settings, machine, model, role=role, index=index, name=name, gpus=groups[index])
+            )
     plan = Plan(
         services=tuple(services),
         model=model,
@@ -114,11 +124,17 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
         restart_tries=settings.restart_tries,
         restart_within_s=settings.restart_minutes * 60,
         log_max_bytes=settings.log_max_mb * 1_000_000,
+        settings=settings,
     )
-    _check_collisions(plan)
-    if settings.kv == "twolane":
-        check_lanes({spec.name: spec.argv for spec in plan.instances()})
+    check_plan(plan)
     return plan
+
+
+def check_plan(plan: Plan) -> None:
+    """ConfigError if two services would need the same port, or no KV could move."""
+    _check_collisions(plan)
+    if plan.kv == "twolane":
+        check_lanes({spec.name: spec.argv for spec in plan.instances()})
 
 
 def reachable(host: str) -> str:
@@ -150,37 +166,37 @@ def _is_changed(settings: Settings, key: str) -> bool:
     return bool(getattr(settings, key) != getattr(Settings, key))
 
 
-def _instance(
+def make_instance(
     settings: Settings,
     machine: Machine,
     model: ServedModel,
     *,
-    role: Literal["prefill", "decode"],
+    role: InstanceRole,
     index: int,
-    gpus: GpuGroups,
+    name: str,
+    gpus: tuple[int, ...],
 ) -> ServiceSpec:
+    """Number `index` of its role, from 0: its ports count on from the settings'."""
     prefill = role == "prefill"
-    count = settings.prefill if prefill else settings.decode
     http_port = (settings.prefill_http_port if prefill else settings.decode_http_port) + PORT_STEP * index
     kv_port = (settings.prefill_kv_port if prefill else settings.decode_kv_port) + PORT_STEP * index
-    name = role if count == 1 else f"{role}-{index + 1}"
     discovery = ("127.0.0.1", settings.proxy_port)  # on loopback, whatever the proxy's host
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
     argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
     argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, discovery))]
-    if len(gpus[index]) > 1:
-        argv += ["--tensor-parallel-size", str(len(gpus[index]))]
+    if len(gpus) > 1:
+        argv += ["--tensor-parallel-size", str(len(gpus))]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
     argv += [*_engine_args(settings, machine, model, given), *given]
     return ServiceSpec(
         name=name,
         role=role,
         argv=tuple(argv),
-        env=_engine_env(settings, machine, model, gpus[index]) | kv_env(settings.kv, kv_port),
+        env=_engine_env(settings, machine, model, gpus) | kv_env(settings.kv, kv_port),
         host="127.0.0.1",
         http_port=http_port,
         kv_port=kv_port,
-        gpus=gpus[index],
+        gpus=gpus,
         log=str(settings.log_dir / f"{name}.log"),
     )
 
@@ -234,9 +250,16 @@ def _check_collisions(plan: Plan) -> None:
         raise ConfigError(f"{highest[0]} would lie above 65535: start lower")
 
 
+def plan_file(state_path: Path) -> Path:
+    return state_path.with_name("plan.json")
+
+
 def save_plan(plan: Plan, path: Path) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+    """Readers see the old or the new, never a part."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(plan, enc_hook=str)))
+    fresh.replace(path)
 
 
 def load_plan(path: Path) -> Plan:
-    return msgspec.json.decode(path.read_bytes(), type=Plan)
+    return msgspec.json.decode(path.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -41,6 +42,11 @@ class Service:
             name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpus=spec.gpus
         )
         self.restart_wanted = asyncio.Event()  # somebody asks for a restart
+        self.drain_timeout_s = 0.0  # what it has for its requests then
+        self.is_instance = spec.role != "proxy"
+        self.life: asyncio.Task[None] | None = None  # keeps it running, or, once it is `retiring`, ends it
+        self.retiring = False
+        self._stopping = threading.Lock()  # a task that is cancelled leaves its thread at work
         self._log: Follower | None = None
         self._ready_at_s = 0.0
         self._failures = 0  # since it was last steady
@@ -115,7 +121,8 @@ class Service:
 
     def stop(self, term_wait_s: float) -> str:
         """Ends its group. Blocks."""
-        return self.child.stop(term_wait_s) if self.child else "was not started"
+        with self._stopping:
+            return self.child.stop(term_wait_s) if self.child else "was not started"
 
     def backoff_s(self) -> float:
         """How long to wait before the restart that is due now."""

@@ -34,7 +34,7 @@ class ServiceState(msgspec.Struct):
 
 
 class State(msgspec.Struct):
-    """`error` and `error_log`: why the start failed, and the last lines of the service that failed."""
+    """`error` and `error_log`: why the start, or that of an instance added later, failed; its last lines."""
 
     supervisor: ProcessId
     overall: Overall
@@ -45,6 +45,8 @@ class State(msgspec.Struct):
     started: float  # Unix time
     error: str = ""
     error_log: list[str] = []
+    wish: str = ""  # id of the last one that was taken
+    retired: list[str] = []  # since then: how they ended, a line each
     format: int = FORMAT
 
 

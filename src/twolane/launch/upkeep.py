@@ -6,45 +6,61 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from twolane.launch.phases import READY, REGISTERING
 from twolane.launch.plan import Plan
-from twolane.launch.registrar import Registrar, needs_registrar
+from twolane.launch.registrar import Registrar
 from twolane.launch.service import Service
 
 REGISTER_TICK_S = 0.2
 
 
-def wishes_file(state_path: Path) -> Path:
-    """Names of services that a command wants started again. The command writes it, the supervisor removes it."""
-    return state_path.with_name("restart")
+class Wish(msgspec.Struct, frozen=True):
+    """What a command wants of the supervisor: services started again, or another plan."""
+
+    id: str
+    drain_timeout_s: float
+    restart: tuple[str, ...] = ()
+    target: Plan | None = None
 
 
-def take_wishes(state_path: Path, services: Sequence[Service]) -> None:
-    """Called on SIGHUP."""
-    path = wishes_file(state_path)
+def wish_file(state_path: Path) -> Path:
+    """The command writes it, the supervisor removes it."""
+    return state_path.with_name("wish.json")
+
+
+def leave_wish(wish: Wish, state_path: Path) -> None:
+    path = wish_file(state_path)
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(msgspec.json.encode(wish, enc_hook=str))
+    fresh.replace(path)
+
+
+def take_wish(state_path: Path) -> Wish | None:
+    """None if there is none, or none that this version understands."""
+    path = wish_file(state_path)
     try:
-        names = path.read_text().split()
+        data = path.read_bytes()
         path.unlink()
-    except OSError:
-        return
-    for service in services:
-        if service.spec.name in names:
-            service.restart_wanted.set()
+        return msgspec.json.decode(data, type=Wish, dec_hook=lambda kind, value: kind(value))
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 async def register(plan: Plan, services: Sequence[Service]) -> None:
-    """For instances whose connector doesn't register. Returns at once if there are none."""
-    mine = [(service, Registrar(service.spec, plan.discovery_address)) for service in services if _needs(plan, service)]
+    """For instances whose connector doesn't register; `services` may change meanwhile. Returns if there are none."""
+    registrars: dict[int, Registrar] = {}  # by pid: each life of an instance has its own
     try:
-        while mine:
-            for service, registrar in mine:
-                if service.state.phase in {REGISTERING, READY}:
-                    registrar.tick()
+        while plan.kv == "nixl":
+            serving = {s.state.pid: s for s in services if s.state.phase in {REGISTERING, READY} and s.is_instance}
+            for pid in registrars.keys() - serving.keys():
+                registrars.pop(pid).close()
+            for pid, service in serving.items():
+                if pid not in registrars:
+                    registrars[pid] = Registrar(service.spec, plan.discovery_address)
+                registrars[pid].tick()
             await asyncio.sleep(REGISTER_TICK_S)
     finally:
-        for _, registrar in mine:
+        for registrar in registrars.values():
             registrar.close()
-
-
-def _needs(plan: Plan, service: Service) -> bool:
-    return needs_registrar(plan, service.spec)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from twolane.config import KV_KINDS, GpuGroups, Policy, Transport
+from twolane.config import KV_KINDS, MAX_INSTANCES, GpuGroups, Policy, Transport
 
-MAX_INSTANCES = 64  # of a role; see plan.py for how ports are counted on
 GPU_LIST = re.compile(r"\d+(\+\d+)*(,\d+(\+\d+)*)*")
 
 
@@ -118,6 +117,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "decode_args": words,
     "restart_tries": whole(1, 1000),
     "restart_minutes": number,
+    "drain_timeout": seconds,
     "log_max_mb": whole(1, 100_000),
     "policy": policy,
     "min_prefill_tokens": whole(0, 1 << 30),

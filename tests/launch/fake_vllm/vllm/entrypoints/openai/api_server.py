@@ -10,6 +10,7 @@ import http.server
 import json
 import threading
 import time
+import uuid
 from typing import Any
 
 import msgspec
@@ -31,6 +32,8 @@ class Engine:
         self.names = names
         self.model = model
         self.moved = 0
+        self.running: list[object] = []
+        self.epoch = uuid.uuid4().hex
         trace_file = (config or {}).get("kv_connector_extra_config", {}).get("trace_file", "")
         self.trace = Trace(trace_file, "P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0)
 
@@ -51,7 +54,7 @@ class Engine:
         role = "P" if self.config["kv_role"] == "kv_producer" else "D"
         me = {"type": role, "http_address": extra["http_address"], "zmq_address": address}
         while True:
-            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": address}))
+            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": self.epoch}))
             time.sleep(1)
 
     def usage(self, max_tokens: int) -> dict[str, int]:
@@ -59,7 +62,8 @@ class Engine:
         return {"prompt_tokens": 5, "completion_tokens": num_tokens, "total_tokens": 5 + num_tokens}
 
     def metrics(self) -> str:
-        return f'vllm:prompt_tokens_by_source_total{{engine="0",source="external_kv_transfer"}} {self.moved}.0\n'
+        moved = f'vllm:prompt_tokens_by_source_total{{engine="0",source="external_kv_transfer"}} {self.moved}.0\n'
+        return moved + f'vllm:num_requests_running{{engine="0"}} {len(self.running)}.0\n'
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -83,6 +87,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if params := body.get("kv_transfer_params"):
             self.engine.note_transfer(params)
+        if body.get("slow_s"):  # no parameter of vLLM's
+            self.engine.running.append(body)
+            self.stream_slowly(float(body["slow_s"]))
+            self.engine.running.remove(body)
+            return
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"content": TEXT}} if "messages" in body else {"text": TEXT}
         usage = self.engine.usage(body.get("max_tokens", TOKENS))
@@ -92,6 +101,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
         data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         self.answer(data.encode(), "text/event-stream")
+
+    def stream_slowly(self, for_s: float) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        until_s = time.monotonic() + for_s
+        while time.monotonic() < until_s:
+            self.wfile.write(b'data: {"choices": [{"index": 0, "text": " two"}]}\n\n')
+            self.wfile.flush()
+            time.sleep(0.1)
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def answer(self, data: bytes, kind: str = "application/json") -> None:
         self.send_response(200)
