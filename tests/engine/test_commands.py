@@ -112,7 +112,8 @@ class Load(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        body = {"model": "SmolLM2-135M-Instruct", "prompt": "Two trains met", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        model = {"model": "SmolLM2-135M-Instruct", "prompt": "Two trains met"}
+        body = model | {"max_tokens": 40, "ignore_eos": True, "stream": True}
         while not self.stop.is_set():
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)) as connection:
                 connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})

@@ -1,4 +1,4 @@
-"""`twolane scale`: what shall run (pure), and instances that come and go under requests (real proxy, vLLM's stand-in)."""
+"""`twolane scale`: what shall run (pure), and instances that come and go under requests (real proxy, fake vLLM)."""
 
 from __future__ import annotations
 
