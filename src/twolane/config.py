@@ -97,7 +97,7 @@ class Settings:
     http_proxy_port: int = HTTP_PORT  # where clients ask
     proxy_port: int = DISCOVERY_PORT  # where instances register
     timeout_seconds: float = 600.0  # for a start
-    host: str = "127.0.0.1"  # of the proxy; instances are on loopback always
+    host: str = "127.0.0.1"  # of the proxy; instances are on loopback, or at their Ray node's address
     kv: Kv = "twolane"
     transport: Transport = "auto"  # of TwoLane's connector
     max_model_len: int | None = None  # None: the model's own, but 8192 at most without a GPU
@@ -123,4 +123,5 @@ class Settings:
     upstream_api_key: str = ""
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
+    ray: str = ""  # address of a Ray cluster that instances are placed on, or `auto`; empty: this machine
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

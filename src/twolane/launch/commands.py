@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from dataclasses import replace
@@ -19,7 +20,7 @@ from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.kv import check_kv
 from twolane.launch.model import resolve_model
 from twolane.launch.phases import DRAINING, GIVEN_UP, READY
-from twolane.launch.plan import ALONE_ONLY, Machine, Plan, load_plan, make_plan
+from twolane.launch.plan import ALONE_ONLY, Machine, Plan, load_plan, make_plan, on_cluster
 from twolane.launch.ports import check_ports
 from twolane.launch.progress import Progress, ServicesView
 from twolane.launch.scale import index_of, scaled
@@ -42,8 +43,12 @@ def up(settings: Settings, console: Console) -> None:
             console.print("left over from before: " + ", ".join(leftovers))
         machine = inspect_machine()
         plan = prepare(settings, machine, console)
-        check_ports(plan)
-        _warn(settings, plan, console)
+        if settings.ray:
+            plan = place_on_cluster(plan, files, console)
+            check_ports(plan, {"proxy"})
+        else:
+            check_ports(plan)
+            _warn(settings, plan, console)
         console.print(f"starting {len(plan.services)} services with {plan.model.source}", markup=False)
         try:
             control.start_supervisor(plan, files)
@@ -59,6 +64,21 @@ def prepare(settings: Settings, machine: Machine, console: Console) -> Plan:
     """What would be started. Converts the default model if that hasn't happened yet."""
     check_kv(settings.kv, machine.engine, vllm_folder())
     return make_plan(settings, machine, resolve_model(settings, machine.engine, Progress(console)))
+
+
+def place_on_cluster(plan: Plan, files: control.Files, console: Console) -> Plan:
+    """Asks the cluster whether it can; makes the secret that registrations are signed with."""
+    from twolane.launch.cluster import survey  # noqa: PLC0415 - one machine needs no Ray
+
+    host, nodes = survey(plan)
+    console.print(f"Ray cluster of {len(nodes)} nodes: " + ", ".join(node.facts.host for node in nodes), markup=False)
+    secret_file = files.folder.absolute() / "registration-secret"
+    secret_file.unlink(missing_ok=True)
+    secret_file.touch(mode=0o600)
+    secret_file.write_text(secrets.token_hex(32) + "\n")
+    given = plan.settings.allow_network
+    networks = tuple(f"{node.facts.host}/32" for node in nodes) if given == Settings.allow_network else given
+    return on_cluster(plan, host, networks, secret_file)
 
 
 def _tell_other_settings(settings: Settings, plan: Plan, console: Console) -> None:
@@ -126,7 +146,7 @@ def scale(settings: Settings, prefill: int | None, decode: int | None, drain_s: 
         target = scaled(plan, machine, prefill, decode)
         old = {service.name for service in state.services}
         new = {spec.name for spec in target.services} - {spec.name for spec in plan.services}
-        if new - old:  # the ports of one that still leaves are its own
+        if new - old and not plan.settings.ray:  # the ports of one that still leaves are its own
             check_ports(target, new - old)
         wish_id = control.ask_scale(files, state, target, drain_s or plan.settings.drain_timeout)
         try:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 
 import zmq
 
 from twolane.launch import probes
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.registrar import TYPES
-from twolane.protocol import Registration, encode
+from twolane.protocol import Registration, encode, sign_registration
 
 POLL_S = 0.3
 LEAVING = "leaving"  # a state of the proxy's
@@ -24,7 +25,7 @@ LEAVING = "leaving"  # a state of the proxy's
 
 async def drained(plan: Plan, spec: ServiceSpec, timeout_s: float) -> bool:
     """Returns when nothing is in flight there any more, or, with False, after `timeout_s`."""
-    goodbye = Goodbye(plan.discovery_address)
+    goodbye = Goodbye(plan)
     deadline_s = time.monotonic() + timeout_s
     try:
         while not await asyncio.to_thread(_has_ended, plan, spec, goodbye):
@@ -49,10 +50,11 @@ def _has_ended(plan: Plan, spec: ServiceSpec, goodbye: Goodbye) -> bool:
 class Goodbye:
     """Owns a socket; never blocks."""
 
-    def __init__(self, discovery_address: str) -> None:
+    def __init__(self, plan: Plan) -> None:
+        self._secret = Path(plan.secret_file).read_text().strip() if plan.secret_file else ""
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(f"tcp://{discovery_address}")
+        self._socket.connect(f"tcp://{plan.discovery_address}")
 
     def say(self, spec: ServiceSpec, entry: dict[str, str]) -> None:
         """`entry`: what the proxy knows of it. The epoch in it says which life is over."""
@@ -65,6 +67,8 @@ class Goodbye:
             leaving=True,
             name=spec.name,
         )
+        if self._secret:
+            words = sign_registration(words, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(words), zmq.NOBLOCK)
 

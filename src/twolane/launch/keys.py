@@ -49,6 +49,7 @@ HELP = {
     "upstream_api_key": "what the instances were given as --api-key",
     "log_dir": "folder of the logs",
     "cache_dir": "folder of the converted default model",
+    "ray": "place the instances on a Ray cluster: its address, or auto (docs/CLUSTER.md)",
 }
 
 

@@ -17,7 +17,7 @@ from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.configuration import flag
 from twolane.launch.gpus import assign_gpus
-from twolane.launch.kv import kv_config, kv_env
+from twolane.launch.kv import Place, kv_config, kv_env
 from twolane.launch.options import check_lanes, tensor_parallel_size
 
 Role = Literal["proxy", "prefill", "decode"]
@@ -27,6 +27,7 @@ Engine = Literal["cpu", "cuda"]
 PORT_STEP = 10
 RANKS_PER_INSTANCE = 8
 CPU_MAX_MODEL_LEN = 8192
+UNPLACED = Place(host="")
 CPU_KV_SPACE_GIB = 1
 # Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
 PROXY_OPTIONS = (
@@ -83,6 +84,8 @@ class Plan(msgspec.Struct, frozen=True):
     restart_tries: int = 5
     restart_within_s: float = 600.0
     log_max_bytes: int = 100_000_000
+    discovery_host: str = "127.0.0.1"
+    secret_file: str = ""  # what registrations are signed with, where they come from other machines
     settings: Settings = Settings()  # those of `up`: what is added later is started with the same
 
     @property
@@ -91,7 +94,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def discovery_address(self) -> str:
-        return f"127.0.0.1:{self.discovery_port}"
+        return f"{self.discovery_host}:{self.discovery_port}"
 
     def instances(self) -> list[ServiceSpec]:
         return [spec for spec in self.services if spec.role != "proxy"]
@@ -101,8 +104,17 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
-    """ConfigError if two services would need the same port, or if there are fewer GPUs than needed."""
-    prefill_gpus, decode_gpus = assign_gpus(settings, machine.engine, machine.gpus)
+    """ConfigError if two services would need the same port, or if there are fewer GPUs than needed.
+
+    With a Ray cluster instances get their GPUs and addresses when Ray has placed them.
+    """
+    if settings.ray:
+        _check_ray(settings)
+        prefill_gpus: GpuGroups = ((),) * settings.prefill
+        decode_gpus: GpuGroups = ((),) * settings.decode
+    else:
+        prefill_gpus, decode_gpus = assign_gpus(settings, machine.engine, machine.gpus)
+    place = UNPLACED if settings.ray else Place()
     services = [_proxy(settings, machine)]
     roles: tuple[tuple[InstanceRole, int, GpuGroups], ...] = (
         ("prefill", settings.prefill, prefill_gpus),
@@ -112,7 +124,9 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
         names = [role] if count == 1 else [f"{role}-{i + 1}" for i in range(count)]
         for index, name in enumerate(names):
             services.append(
-                make_instance(settings, machine, model, role=role, index=index, name=name, gpus=groups[index])
+                make_instance(
+                    settings, machine, model, role=role, index=index, name=name, gpus=groups[index], place=place
+                )
             )
     plan = Plan(
         services=tuple(services),
@@ -128,6 +142,27 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
     )
     check_plan(plan)
     return plan
+
+
+def _check_ray(settings: Settings) -> None:
+    if settings.kv != "twolane":
+        raise ConfigError(f"--ray needs --kv twolane: vLLM's connector for {settings.kv} signs no registrations")
+    if settings.prefill_gpu or settings.decode_gpu:
+        raise ConfigError(
+            "with --ray it is Ray that gives GPUs out: leave PREFILL_GPU and DECODE_GPU out; several GPUs an "
+            'instance: --vllm-args "--tensor-parallel-size 2"'
+        )
+
+
+def on_cluster(plan: Plan, host: str, networks: tuple[str, ...], secret_file: Path) -> Plan:
+    """The plan for a driver at `host`: instances register there, from these networks, and sign."""
+    proxy, *instances = plan.services
+    argv = [*proxy.argv, "--discovery-host", host, "--registration-secret-file", str(secret_file)]
+    argv += [word for network in networks for word in ("--allow-network", network)]
+    proxy = msgspec.structs.replace(proxy, argv=tuple(argv))
+    return msgspec.structs.replace(
+        plan, services=(proxy, *instances), discovery_host=host, secret_file=str(secret_file)
+    )
 
 
 def check_plan(plan: Plan) -> None:
@@ -175,15 +210,15 @@ def make_instance(
     index: int,
     name: str,
     gpus: tuple[int, ...],
+    place: Place = Place(),  # noqa: B008 - frozen
 ) -> ServiceSpec:
     """Number `index` of its role, from 0: its ports count on from the settings'."""
     prefill = role == "prefill"
     http_port = (settings.prefill_http_port if prefill else settings.decode_http_port) + PORT_STEP * index
     kv_port = (settings.prefill_kv_port if prefill else settings.decode_kv_port) + PORT_STEP * index
-    discovery = ("127.0.0.1", settings.proxy_port)  # on loopback, whatever the proxy's host
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
-    argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
-    argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, discovery))]
+    argv += ["--served-model-name", *model.names, "--host", place.host, "--port", str(http_port)]
+    argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, place))]
     if len(gpus) > 1:
         argv += ["--tensor-parallel-size", str(len(gpus))]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
@@ -193,11 +228,11 @@ def make_instance(
         role=role,
         argv=tuple(argv),
         env=_engine_env(settings, machine, model, gpus) | kv_env(settings.kv, kv_port),
-        host="127.0.0.1",
+        host=place.host,
         http_port=http_port,
         kv_port=kv_port,
         gpus=gpus,
-        log=str(settings.log_dir / f"{name}.log"),
+        log=str(Path(place.log_dir or settings.log_dir) / f"{name}.log"),
     )
 
 

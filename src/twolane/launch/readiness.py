@@ -28,14 +28,14 @@ async def until_ready(plan: Plan, service: Service) -> None:
 
 
 async def _steps(plan: Plan, service: Service) -> None:
-    spec, proxy = service.spec, plan.proxy_address
+    proxy = plan.proxy_address
     if not service.is_instance:
         return await _poll(service, lambda: probes.proxy_answers(proxy))
-    await _poll(service, lambda: probes.is_healthy(spec), LOADING_TICK_S)
+    await _poll(service, lambda: probes.is_healthy(service.spec), LOADING_TICK_S)
     service.enter(FIRST_ANSWER)
-    await _poll(service, lambda: probes.serves_a_token(spec, plan.model.names[0]))
+    await _poll(service, lambda: probes.serves_a_token(service.spec, plan.model.names[0]))
     service.enter(REGISTERING)
-    return await _poll(service, lambda: probes.is_registered(proxy, spec))
+    return await _poll(service, lambda: probes.is_registered(proxy, service.spec))
 
 
 async def _poll(service: Service, probe: Callable[[], bool], loading_tick_s: float = TICK_S) -> None:

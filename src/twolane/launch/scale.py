@@ -13,7 +13,7 @@ import msgspec
 
 from twolane.config import MAX_INSTANCES
 from twolane.errors import ConfigError
-from twolane.launch.plan import InstanceRole, Machine, Plan, ServiceSpec, check_plan, make_instance
+from twolane.launch.plan import UNPLACED, InstanceRole, Machine, Plan, ServiceSpec, check_plan, make_instance
 
 ROLES: tuple[InstanceRole, ...] = get_args(InstanceRole)
 
@@ -66,8 +66,11 @@ def _added(
 ) -> ServiceSpec:
     settings = replace(plan.settings, prefill=wanted["prefill"], decode=wanted["decode"])
     name = f"{role}-{index + 1}"
+    given = (settings, machine, plan.model)
+    if settings.ray:
+        return make_instance(*given, role=role, index=index, name=name, gpus=(), place=UNPLACED)
     gpus = _gpus_for(plan, machine, role, index, name, others)
-    return make_instance(settings, machine, plan.model, role=role, index=index, name=name, gpus=gpus)
+    return make_instance(*given, role=role, index=index, name=name, gpus=gpus)
 
 
 def _gpus_for(

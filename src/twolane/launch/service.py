@@ -39,7 +39,13 @@ class Service:
         self.child: Child | None = None
         self.changed = True  # the state file does not show the last change yet
         self.state = ServiceState(
-            name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpus=spec.gpus
+            name=spec.name,
+            role=spec.role,
+            http_port=spec.http_port,
+            log=spec.log,
+            kv_port=spec.kv_port,
+            gpus=spec.gpus,
+            host=spec.host,
         )
         self.restart_wanted = asyncio.Event()  # somebody asks for a restart
         self.drain_timeout_s = 0.0  # what it has for its requests then
@@ -62,10 +68,13 @@ class Service:
             raise StartError(f"{self.spec.name} can't be started: {error}") from error
         self.state.pid = self.state.pgid = self.child.pgid
         self.state.members = sorted(self.child.recorded, key=lambda member: member.pid)
+        self._follow(Path(self.spec.log))
+        self.enter(IMPORTING if self.spec.role != "proxy" else "starting")
+
+    def _follow(self, log: Path) -> None:
         if self._log:
             self._log.close()
-        self._log = Follower("", Path(self.spec.log), from_start=True)
-        self.enter(IMPORTING if self.spec.role != "proxy" else "starting")
+        self._log = Follower("", log, from_start=True)
 
     def enter(self, phase: str) -> None:
         if phase != self.state.phase:
@@ -112,6 +121,10 @@ class Service:
         self._failed_at_s.clear()
         self._failures = 0
         self.state.reason, self.changed = "", True
+
+    def clear(self, term_wait_s: float, *, for_good: bool) -> str:  # noqa: ARG002 - see RemoteService
+        """After its end, or (`for_good`) to end it: nothing of it is left. Blocks."""
+        return self.stop(term_wait_s)
 
     def exit_code(self) -> int | None:
         code = self.child.exit_code() if self.child else None

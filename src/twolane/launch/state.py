@@ -29,6 +29,8 @@ class ServiceState(msgspec.Struct):
     pgid: int = 0
     members: list[ProcessId] = []
     restarts: int = 0
+    host: str = "127.0.0.1"  # where it is reached; empty: not known yet
+    node: str = ""  # of a Ray cluster
     exit_code: int | None = None  # of the last time it ended
     reason: str = ""  # why it is being restarted, or was given up
 

@@ -63,7 +63,7 @@ def _in_terminal(terminal: Terminal, known: dict[str, Any]) -> ServiceState:
 
 
 def _row(service: ServiceState, known: dict[str, Any]) -> dict[str, Any]:
-    entry = known.get(f"127.0.0.1:{service.http_port}", {})
+    entry = known.get(f"{service.host}:{service.http_port}", {})
     in_flight = sum(e["in_flight"] for e in known.values() if e["role"] == "D") if service.role == "proxy" else None
     pids = [member.pid for member in service.members if member.alive()]
     return {
@@ -71,6 +71,7 @@ def _row(service: ServiceState, known: dict[str, Any]) -> dict[str, Any]:
         "role": service.role,
         "pid": service.pid or None,
         "gpus": list(service.gpus),
+        "node": service.node or None,
         "http_port": service.http_port,
         "kv_port": service.kv_port,
         "state": service.phase,
@@ -107,6 +108,7 @@ def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
         "role": role,
         "pid": pid,
         "gpus": [],
+        "node": None,
         "http_port": port,
         "kv_port": None,
         "state": state,
@@ -143,10 +145,11 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         return
     table = Table(box=None, pad_edge=False)
     columns = COLUMNS + WIDE_COLUMNS * (console.width >= WIDE)
-    for column in columns:
+    has_nodes = any(service["node"] for service in report["services"])
+    for column in ("node",) * has_nodes + columns:
         table.add_column(column, no_wrap=column != "state")
     for service in report["services"]:
-        table.add_row(*cells(service)[: len(columns)])
+        table.add_row(*(service["node"] or "-",) * has_nodes, *cells(service)[: len(columns)])
     console.print(table)
     for service in report["services"]:
         if service["restarts"]:

@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ from twolane.errors import StartError
 from twolane.launch import upkeep
 from twolane.launch.drain import drained
 from twolane.launch.phases import DRAINING, GIVEN_UP, READY, RESTARTING
-from twolane.launch.plan import Plan, plan_file, save_plan
+from twolane.launch.plan import Plan, ServiceSpec, plan_file, save_plan
 from twolane.launch.process import identify
 from twolane.launch.readiness import until_ready
 from twolane.launch.scale import in_order
@@ -49,7 +50,8 @@ class Supervisor:
         assert me is not None
         self._plan = plan
         self._state_path = state_path
-        self._services = [Service(spec) for spec in plan.services]
+        self._make: Callable[[ServiceSpec], Service] = Service
+        self._services: list[Service] = []
         self._stop = asyncio.Event()
         self._wished = asyncio.Event()  # a command has left a wish
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # who starts on this GPU
@@ -60,13 +62,20 @@ class Supervisor:
             url=plan.proxy_url,
             model_names=plan.model.names,
             run_dir=str(self._run_dir),
-            services=[service.state for service in self._services],
+            services=[],
             started=time.time(),
         )
 
     async def run(self) -> int:
         """Exit code: 0 after a clean stop, 1 if the start failed."""
         self._publish()
+        if self._plan.settings.ray:
+            try:
+                self._make = self._join_cluster()
+            except StartError as error:
+                self._note_failure(error)
+                return 1
+        self._services = [self._make(spec) for spec in self._plan.services]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -84,10 +93,16 @@ class Supervisor:
             await self._shut_down()
         return 1 if self._state.overall == "failed" else 0
 
+    def _join_cluster(self) -> Callable[[ServiceSpec], Service]:
+        from twolane.launch.cluster import Cluster  # noqa: PLC0415 - one machine needs no Ray
+
+        return Cluster(self._plan).service
+
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as group:
             for service in self._services:
                 group.create_task(self._start(service))
+        self._save(msgspec.structs.replace(self._plan, services=tuple(s.spec for s in self._services)))
         self._enter("up")
         async with asyncio.TaskGroup() as lives:
             for service in self._services:
@@ -119,7 +134,7 @@ class Supervisor:
         staying = {service.spec.name for service in self._services if not service.retiring}
         for spec in target.services:
             if spec.name not in staying:
-                service = Service(spec)
+                service = self._make(spec)
                 self._services.append(service)
                 service.life = lives.create_task(self._join(service, leaving))
         self._services.sort(key=lambda service: in_order(service.spec))
@@ -187,9 +202,8 @@ class Supervisor:
                 await self._drain(service)
             service.state.restarts += 1
             service.enter(RESTARTING)
-            await asyncio.to_thread(
-                service.stop, PROXY_STOP_S if service.spec.role == "proxy" else INSTANCE_STOP_S
-            )  # or what its leader left of the group
+            stop_s = INSTANCE_STOP_S if service.is_instance else PROXY_STOP_S
+            await asyncio.to_thread(service.clear, stop_s, for_good=not wait_s)  # or what its leader left of the group
             if wait_s is None:
                 service.enter(GIVEN_UP)
                 log.error("service=%s event=given_up reason=%s", service.spec.name, service.state.reason)

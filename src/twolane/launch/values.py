@@ -133,6 +133,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "upstream_api_key": string,
     "log_dir": path,
     "cache_dir": path,
+    "ray": string,
 }
 
 
