@@ -36,7 +36,7 @@ Instances = Annotated[
 Count = Annotated[int | None, typer.Option(metavar="N", help="How many of them there shall be; left out: as many.")]
 Drain = Annotated[
     float | None,
-    typer.Option(min=1, metavar="S", help="Seconds to end requests in; left out: drain_timeout of `up` (300)."),
+    typer.Option(min=1, metavar="S", help="Seconds to end requests in; left out: drain_seconds of `up` (60)."),
 ]
 VllmOptions = Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="More options for vLLM.")]
 
@@ -97,7 +97,7 @@ def down() -> None:
 
 @app.command(epilog=EPILOG)
 def restart(
-    role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")], drain_timeout: Drain = None
+    role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")], drain_seconds: Drain = None
 ) -> None:
     """Start a role's instances again, one after the other, or one instance. Also one that was given up.
 
@@ -105,18 +105,18 @@ def restart(
 
     Example: twolane restart decode-2
     """
-    commands.restart(Settings(), role, drain_timeout, console())
+    commands.restart(Settings(), role, drain_seconds, console())
 
 
 @app.command(epilog=EPILOG)
-def scale(prefill: Count = None, decode: Count = None, drain_timeout: Drain = None) -> None:
+def scale(prefill: Count = None, decode: Count = None, drain_seconds: Drain = None) -> None:
     """Add instances to what runs, or take some away: the highest numbers, once they have ended their requests.
 
     The others serve on meanwhile. Ctrl+C leaves it to go on in the background.
 
     Example: twolane scale --prefill 3 --decode 2
     """
-    commands.scale(Settings(), prefill, decode, drain_timeout, console())
+    commands.scale(Settings(), prefill, decode, drain_seconds, console())
 
 
 @app.command(epilog=EPILOG)

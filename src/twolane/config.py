@@ -106,7 +106,7 @@ class Settings:
     decode_args: tuple[str, ...] = ()
     restart_tries: int = 5  # an instance that ends more often than this ...
     restart_minutes: float = 10.0  # ... within this time is given up
-    drain_timeout: float = 300.0  # seconds that an instance has for its requests before it is stopped
+    drain_seconds: float = 60.0  # what an instance has for its requests, before `restart` and `scale` stop it
     log_max_mb: int = 100  # a log that grows larger moves to NAME.log.1
     # The proxy's own; ProxySettings says more of each.
     policy: Policy = ProxySettings.policy

@@ -271,7 +271,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def rank_address(address: str, rank: int) -> str:
     """The control address of worker `rank`, from that of rank 0."""
     host, port = split_address(address)
-    return f"[{host}]:{port + rank}" if ":" in host else f"{host}:{port + rank}"
+    return join_address(host, port + rank)

@@ -150,6 +150,25 @@ def test_a_proxy_made_for_p2p_nccl_moves_the_kv_too(
     assert decode.tokens_by_source()["local_compute"] - computed == 1
 
 
+def test_a_proxy_made_for_nixl_moves_the_kv_too(
+    stack: Stack, prefill: Instance, decode: Instance, single_url: str
+) -> None:
+    """P is asked for parameters, which go to D as they are."""
+    (prompt,) = make_prompts(seed=12, lengths=[300])
+    body = completion_body(stack, prompt, 12)
+    asked = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
+    computed = decode.tokens_by_source()["local_compute"]
+    url = f"http://{prefill.spec.address}/v1/completions"
+    first = httpx.post(url, json=body | {"max_tokens": 1, "kv_transfer_params": asked}, timeout=60).json()
+    second = httpx.post(
+        f"http://{decode.spec.address}/v1/completions",
+        json=body | {"kv_transfer_params": first["kv_transfer_params"]},
+        timeout=60,
+    )
+    assert second.json()["choices"][0]["token_ids"] == complete(single_url, body)
+    assert decode.tokens_by_source()["local_compute"] - computed == 1
+
+
 @pytest.mark.parametrize("kind", ["twolane", "p2pnccl"])
 def test_a_second_proxy_with_static_lists_serves_the_same_instances(
     stack: Stack, prefill: Instance, decode: Instance, single_url: str, kind: str

@@ -166,7 +166,7 @@ def test_a_restart_loses_no_request_but_what_outlasts_the_deadline(place: Place)
         assert stream.text.endswith(b"data: [DONE]\n\n")
     long = [Stream(place, 12.0) for _ in range(2)]
     assert all(stream.began.wait(60) for stream in long)
-    done = place.run("scale", "--decode", "1", "--drain-timeout", "1")
+    done = place.run("scale", "--decode", "1", "--drain-seconds", "1")
     assert "decode-2: its requests were cut, " in done.stdout
 
 
@@ -181,11 +181,11 @@ def test_ctrl_c_leaves_it_to_go_on_and_the_old_numbers_take_it_back(place: Place
     stream = Stream(place, 15.0)
     assert stream.began.wait(60)
     for _ in range(2):  # the second finds the one that drains, and waits for its end
-        leaving = place.terminal("scale", "--decode", "1", "--drain-timeout", "100")
+        leaving = place.terminal("scale", "--decode", "1", "--drain-seconds", "100")
         leaving.expect("draining|starting")
         leaving.sendintr()
         ends_with(leaving, 130)
-    done = place.run("scale", "--decode", "2", "--drain-timeout", "1")
+    done = place.run("scale", "--decode", "2", "--drain-seconds", "1")
     assert done.returncode == 0, done.stderr
     wait_for(lambda: list(rows(place)) == ["proxy", "prefill", "decode", "decode-2"], 60)
 

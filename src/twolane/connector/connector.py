@@ -21,6 +21,7 @@ from twolane.connector.scheduler import DecodeScheduler, PrefillScheduler
 from twolane.connector.settings import parse_settings
 from twolane.connector.supported import refuse_unsupported
 from twolane.connector.worker import WorkerFacts, WorkerSide
+from twolane.protocol import join_address
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,9 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(_worker_facts(vllm_config, kv_cache_config))
         elif vllm_config.kv_transfer_config.is_kv_producer:
-            self._scheduler = PrefillScheduler()
+            transfer = vllm_config.kv_transfer_config
+            host = parse_settings(transfer.kv_connector_extra_config).host
+            self._scheduler = PrefillScheduler(join_address(host, transfer.kv_port))
         else:
             self._scheduler = DecodeScheduler(vllm_config.cache_config.block_size)
 
@@ -122,7 +125,7 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         block_ids: list[int],  # noqa: ARG002 - the workers know them
     ) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.request_finished(request), None
+        return self._scheduler.request_finished(request)
 
     # -- worker side
 

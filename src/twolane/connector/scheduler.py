@@ -6,6 +6,7 @@ Runs on the engine's thread; each side owns its dictionaries and builds one Step
 from __future__ import annotations
 
 import hashlib
+import uuid
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +98,12 @@ class DecodeScheduler:
             )
         )
 
-    def request_finished(self, request: Request) -> bool:
+    def request_finished(self, request: Request) -> tuple[bool, None]:
         """vLLM itself keeps the blocks of a request that still waits until the worker reports it as received."""
         params = self._fresh.pop(request.request_id, None) or self._waiting.pop(request.request_id, None)
         if params is not None:
             self._plan.drop.append(Drop(params.transfer_id, params.remote_address, "the request ended"))
-        return False
+        return False, None
 
     def on_worker_output(self, output: KVConnectorOutput) -> None:
         for req_id in output.finished_recving or ():
@@ -116,24 +117,36 @@ class DecodeScheduler:
 class PrefillScheduler:
     """P's side. Every request that hands off keeps its blocks until the worker says that nobody reads them."""
 
-    def __init__(self) -> None:
-        self._offered: set[str] = set()
+    def __init__(self, control_address: str) -> None:
+        self._control_address = control_address
+        self._offered: dict[
+            str, HandoffParams | None
+        ] = {}  # what P's answer tells the proxy to hand on to D, if anything
         self._plan = StepPlan()
 
     def on_new_request(self, request: Request) -> None:
-        params = handoff_params(request, "P")
-        if params is not None and params.do_remote_decode:
-            self._offered.add(request.request_id)
+        for_decode = self._mint(request)
+        params = for_decode or handoff_params(request, "P")
+        if params is not None and (for_decode or params.do_remote_decode):
+            self._offered[request.request_id] = for_decode
             self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request)))
 
-    def request_finished(self, request: Request) -> bool:
+    def _mint(self, request: Request) -> HandoffParams | None:
+        """For a proxy that speaks as to vLLM's NixlConnector: it asks P for parameters and passes them on to D as they
+        are."""
+        raw = request.kv_transfer_params
+        if not raw or "transfer_id" in raw or raw.get("do_remote_decode") is not True:
+            return None
+        return HandoffParams(uuid.uuid4().hex, self._control_address, do_remote_prefill=True)
+
+    def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         if request.request_id not in self._offered:
-            return False
-        self._offered.remove(request.request_id)
+            return False, None
+        for_decode = self._offered.pop(request.request_id)
         computed = request.num_computed_tokens >= request.num_prompt_tokens
         ok = computed and request.status.name in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
         self._plan.finish.append(Finish(request.request_id, ok))
-        return True
+        return True, msgspec.to_builtins(for_decode) if for_decode and ok else None
 
     def take_plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
         plan, self._plan = self._plan, StepPlan()

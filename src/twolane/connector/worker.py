@@ -22,7 +22,7 @@ from twolane.connector.stats import Counts
 from twolane.connector.trace import Trace
 from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.errors import ConfigError
-from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, rank_address
+from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, join_address, rank_address
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class WorkerFacts:
 
     @property
     def rank_0_address(self) -> str:
-        host = self.settings.host
-        return f"[{host}]:{self.kv_port}" if ":" in host else f"{host}:{self.kv_port}"
+        return join_address(self.settings.host, self.kv_port)
 
     def kv_format(self, layout: KVLayout) -> KVFormat:
         return KVFormat(PROTOCOL_VERSION, self.model, self.kv_dtype, self.block_size, self.tp_size, layout.signature())

@@ -29,7 +29,7 @@ CONNECT_S = 5.0
 SURVEY_S = 60.0
 REPORT_EVERY_S = 0.3
 REPORT_S = 10.0  # for one answer of an actor
-PLACING = "waiting for Ray to place it"
+PLACING = "placing"
 LOST = -9  # the exit code of an instance whose actor or node is gone
 
 

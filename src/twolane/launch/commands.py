@@ -52,7 +52,7 @@ def up(settings: Settings, console: Console) -> None:
         console.print(f"starting {len(plan.services)} services with {plan.model.source}", markup=False)
         try:
             control.start_supervisor(plan, files)
-            light = _await_all(files, plan, machine.engine, console)
+            plan, light = _await_all(files, plan, machine.engine, console)
         except (KeyboardInterrupt, StartError):
             for line in control.stop_all(files):
                 console.print(line)
@@ -101,11 +101,13 @@ def _warn(settings: Settings, plan: Plan, console: Console) -> None:
             console.print(f"{finding.level}: {finding.text} ({finding.remedy})", markup=False)
 
 
-def _await_all(files: control.Files, plan: Plan, engine: str, console: Console) -> FirstLight:
+def _await_all(files: control.Files, plan: Plan, engine: str, console: Console) -> tuple[Plan, FirstLight]:
+    """The plan says by then where Ray has placed what."""
     with ServicesView(console, USUAL_START_S[engine]) as view:
         state = control.await_start(files, view.update)
     console.print(f"ready after {time.time() - state.started:.1f} s: {plan.proxy_url}", markup=False)
-    return first_light(plan)
+    plan = load_plan(files.plan)
+    return plan, first_light(plan)
 
 
 def _complete(settings: Settings, files: control.Files, state: State, plan: Plan, console: Console) -> None:
@@ -113,13 +115,13 @@ def _complete(settings: Settings, files: control.Files, state: State, plan: Plan
     usual_s = USUAL_START_S[inspect_machine().engine]
     if state.overall == "starting":  # the `up` that began it was killed
         console.print("a start is going on already")
-        return _tell(plan, _await_all(files, plan, inspect_machine().engine, console), console)
+        return _tell(*_await_all(files, plan, inspect_machine().engine, console), console)
     waiting = [service for service in state.services if service.phase not in {READY, DRAINING}]
     if waiting:
         console.print("starting what isn't running: " + ", ".join(service.name for service in waiting))
         given_up = {service.name: service.pid for service in waiting if service.phase == GIVEN_UP}
         if given_up:
-            control.ask_restart(files, state, list(given_up), settings.drain_timeout)
+            control.ask_restart(files, state, list(given_up), settings.drain_seconds)
         with ServicesView(console, usual_s) as view:
             control.await_ready(files, {service.name for service in waiting}, given_up, view.update)
     if not probes.proxy_answers(plan.proxy_address):
@@ -148,7 +150,7 @@ def scale(settings: Settings, prefill: int | None, decode: int | None, drain_s: 
         new = {spec.name for spec in target.services} - {spec.name for spec in plan.services}
         if new - old and not plan.settings.ray:  # the ports of one that still leaves are its own
             check_ports(target, new - old)
-        wish_id = control.ask_scale(files, state, target, drain_s or plan.settings.drain_timeout)
+        wish_id = control.ask_scale(files, state, target, drain_s or plan.settings.drain_seconds)
         try:
             with ServicesView(console, USUAL_START_S[machine.engine]) as view:
                 state = control.await_scaled(files, wish_id, old - new, target, view.update)
@@ -166,7 +168,7 @@ def restart(settings: Settings, role: str, drain_s: float | None, console: Conso
     files = control.Files(settings)
     with control.exclusive(files):
         state = _what_is_up(files)
-        drain_s = drain_s or load_plan(files.plan).settings.drain_timeout
+        drain_s = drain_s or load_plan(files.plan).settings.drain_seconds
         names = chosen([(service.name, service.role) for service in state.services], role)
         for name in names:
             old_pids = {service.name: service.pid for service in state.services if service.name == name}

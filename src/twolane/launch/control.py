@@ -89,14 +89,14 @@ def ask(files: Files, state: State, wish: Wish) -> None:
     os.kill(state.supervisor.pid, signal.SIGHUP)
 
 
-def ask_restart(files: Files, state: State, names: list[str], drain_timeout_s: float) -> None:
+def ask_restart(files: Files, state: State, names: list[str], drain_s: float) -> None:
     """Tells the supervisor to start these services again; returns at once."""
-    ask(files, state, Wish(uuid.uuid4().hex, drain_timeout_s, restart=tuple(names)))
+    ask(files, state, Wish(uuid.uuid4().hex, drain_s, restart=tuple(names)))
 
 
-def ask_scale(files: Files, state: State, target: Plan, drain_timeout_s: float) -> str:
+def ask_scale(files: Files, state: State, target: Plan, drain_s: float) -> str:
     """Tells the supervisor what shall run from now on; returns at once, with the wish's id."""
-    wish = Wish(uuid.uuid4().hex, drain_timeout_s, target=target)
+    wish = Wish(uuid.uuid4().hex, drain_s, target=target)
     ask(files, state, wish)
     return wish.id
 

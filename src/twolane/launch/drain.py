@@ -24,7 +24,10 @@ LEAVING = "leaving"  # a state of the proxy's
 
 
 async def drained(plan: Plan, spec: ServiceSpec, timeout_s: float) -> bool:
-    """Returns when nothing is in flight there any more, or, with False, after `timeout_s`."""
+    """Returns when nothing is in flight there any more, or, with False, after `timeout_s`.
+
+    At once where the instance has no epoch (P2pNcclConnector's): the proxy could not tell it from its next life.
+    """
     goodbye = Goodbye(plan)
     deadline_s = time.monotonic() + timeout_s
     try:
@@ -41,6 +44,8 @@ def _has_ended(plan: Plan, spec: ServiceSpec, goodbye: Goodbye) -> bool:
     """Whether it has nothing left. Tells the proxy, if that doesn't know yet (or was started again and forgot)."""
     known = probes.instances(plan.proxy_address) or []
     mine = [entry for entry in known if entry["address"] == spec.address]
+    if not all(entry.get("epoch") for entry in mine):
+        return True
     if staying := [entry for entry in mine if entry["state"] != LEAVING]:
         goodbye.say(spec, staying[0])
         return False

@@ -33,7 +33,7 @@ HELP = {
     "decode_args": "more options for decode instances",
     "restart_tries": "an instance that ends more often than this is given up ...",
     "restart_minutes": "... within so many minutes",
-    "drain_timeout": "seconds that `scale` and `restart` leave an instance to end its requests",
+    "drain_seconds": "seconds that `restart` and `scale` leave an instance to end its requests",
     "log_max_mb": "a log that grows larger moves to NAME.log.1",
     "policy": "how the proxy chooses: least_loaded, round_robin or prefix_affinity",
     "min_prefill_tokens": "prompts shorter than this go to a decode instance alone; 0: never",

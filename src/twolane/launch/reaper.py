@@ -1,6 +1,7 @@
 """Ends a process group once whoever started it is gone, however it went: SIGTERM by then had its time, SIGKILL now.
 
-A program of its own, standard library only, beside each instance on a Ray node: reaper.py PGID START_TICKS FOLDER. Its standard input is a pipe that only the actor holds open. FOLDER (temporary files of the group) goes last.
+A program of its own, standard library only, beside each instance on a Ray node: reaper.py PGID START_TICKS FOLDER.
+Its standard input is a pipe that only the actor holds open. FOLDER (temporary files of the group) goes last.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Service:
             host=spec.host,
         )
         self.restart_wanted = asyncio.Event()  # somebody asks for a restart
-        self.drain_timeout_s = 0.0  # what it has for its requests then
+        self.drain_s = 0.0  # what it has for its requests then
         self.is_instance = spec.role != "proxy"
         self.life: asyncio.Task[None] | None = None  # keeps it running, or, once it is `retiring`, ends it
         self.retiring = False

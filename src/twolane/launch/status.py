@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -144,12 +145,13 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         console.print("nothing is running in this folder" + left_over)
         return
     table = Table(box=None, pad_edge=False)
-    columns = COLUMNS + WIDE_COLUMNS * (console.width >= WIDE)
-    has_nodes = any(service["node"] for service in report["services"])
-    for column in ("node",) * has_nodes + columns:
+    columns = list(COLUMNS + WIDE_COLUMNS * (console.width >= WIDE))
+    if any(service["node"] for service in report["services"]):
+        columns[columns.index("role")] = "node"  # the name says the role
+    for column in columns:
         table.add_column(column, no_wrap=column != "state")
     for service in report["services"]:
-        table.add_row(*(service["node"] or "-",) * has_nodes, *cells(service)[: len(columns)])
+        table.add_row(*cells(service, columns))
     console.print(table)
     for service in report["services"]:
         if service["restarts"]:
@@ -160,25 +162,26 @@ def print_status(report: dict[str, Any], console: Console) -> None:
             console.print(f"{service['name']}: {service['problem']}", markup=False)
 
 
-def cells(service: dict[str, Any]) -> list[str]:
+def cells(service: dict[str, Any], columns: Collection[str]) -> list[str]:
     """One service as the table shows it."""
     ports = [str(port) for port in (service["http_port"], service["kv_port"]) if port]
     memory = service["memory_bytes"]
     load = service["load"]
-    values = (
-        service["name"],
-        service["role"],
-        service["pid"],
-        "+".join(str(gpu) for gpu in service["gpus"]) or None,
-        ",".join(ports),
-        service["state"],
-        None if service["uptime_s"] is None else duration(service["uptime_s"]),
-        None if memory is None else f"{memory / 1e9:.1f} GB",
-        service["in_flight"],
-        load and load["num_waiting"],
-        load and f"{100 * load['free_blocks'] // max(1, load['num_blocks'])}%",
-    )
-    return ["-" if value is None else str(value) for value in values]
+    values = {
+        "instance": service["name"],
+        "role": service["role"],
+        "node": service["node"],
+        "pid": service["pid"],
+        "gpu": "+".join(str(gpu) for gpu in service["gpus"]) or None,
+        "ports": ",".join(ports),
+        "state": service["state"],
+        "uptime": None if service["uptime_s"] is None else duration(service["uptime_s"]),
+        "memory": None if memory is None else f"{memory / 1e9:.1f} GB",
+        "in-flight": service["in_flight"],
+        "waiting": load and load["num_waiting"],
+        "free kv": load and f"{100 * load['free_blocks'] // max(1, load['num_blocks'])}%",
+    }
+    return ["-" if values[column] is None else str(values[column]) for column in columns]
 
 
 def duration(total_s: int) -> str:

@@ -102,7 +102,6 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for service in self._services:
                 group.create_task(self._start(service))
-        self._save(msgspec.structs.replace(self._plan, services=tuple(s.spec for s in self._services)))
         self._enter("up")
         async with asyncio.TaskGroup() as lives:
             for service in self._services:
@@ -116,7 +115,7 @@ class Supervisor:
     def _fulfil(self, wish: upkeep.Wish, lives: asyncio.TaskGroup) -> None:
         self._state.wish, self._state.retired, self._state.error, self._state.error_log = wish.id, [], "", []
         for service in self._services:
-            service.drain_timeout_s = wish.drain_timeout_s
+            service.drain_s = wish.drain_s
             if service.spec.name in wish.restart and not service.retiring:
                 service.restart_wanted.set()
         if wish.target:
@@ -156,8 +155,8 @@ class Supervisor:
 
     async def _drain(self, service: Service) -> bool:
         service.enter(DRAINING)
-        log.info("service=%s event=draining deadline_s=%g", service.spec.name, service.drain_timeout_s)
-        return await drained(self._plan, service.spec, service.drain_timeout_s)
+        log.info("service=%s event=draining deadline_s=%g", service.spec.name, service.drain_s)
+        return await drained(self._plan, service.spec, service.drain_s)
 
     async def _join(self, service: Service, leaving: list[asyncio.Task[None]]) -> None:
         """Starts a new one when those that leave are gone: it may need their ports or GPUs. Then keeps it running."""
@@ -190,6 +189,10 @@ class Supervisor:
             service.start(self._run_dir / service.spec.name, self._plan.log_max_bytes)
             log.info("service=%s pid=%d event=started", service.spec.name, service.state.pid)
             await until_ready(self._plan, service)
+        here = {service.spec.name: service.spec}  # Ray may have placed it elsewhere than before
+        placed = tuple(here.get(spec.name, spec) for spec in self._plan.services)
+        if placed != self._plan.services:
+            self._save(msgspec.structs.replace(self._plan, services=placed))
         service.enter(READY)
         log.info("service=%s pid=%d event=ready", service.spec.name, service.state.pid)
 
@@ -198,7 +201,7 @@ class Supervisor:
         while True:
             await self._until_exit(service)
             wait_s = self._restart_wait_s(service)
-            if wait_s == 0.0 and service.is_instance and service.state.phase == READY and self._plan.kv != "p2pnccl":
+            if wait_s == 0.0 and service.is_instance and service.state.phase == READY:
                 await self._drain(service)
             service.state.restarts += 1
             service.enter(RESTARTING)

@@ -20,7 +20,7 @@ class Wish(msgspec.Struct, frozen=True):
     """What a command wants of the supervisor: services started again, or another plan."""
 
     id: str
-    drain_timeout_s: float
+    drain_s: float
     restart: tuple[str, ...] = ()
     target: Plan | None = None
 

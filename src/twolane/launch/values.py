@@ -117,7 +117,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "decode_args": words,
     "restart_tries": whole(1, 1000),
     "restart_minutes": number,
-    "drain_timeout": seconds,
+    "drain_seconds": seconds,
     "log_max_mb": whole(1, 100_000),
     "policy": policy,
     "min_prefill_tokens": whole(0, 1 << 30),

@@ -13,10 +13,11 @@ import time
 import uuid
 from typing import Any
 
-import msgspec
 import zmq
 
+from twolane.connector.settings import read_secret
 from twolane.connector.trace import Event, Trace
+from twolane.protocol import Registration, Role, encode, sign_registration
 
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
@@ -48,13 +49,14 @@ class Engine:
     def register(self) -> None:
         extra = self.config["kv_connector_extra_config"]
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        address = f"127.0.0.1:{self.config['kv_port']}"
+        address = f"{extra['host']}:{self.config['kv_port']}"
         socket.setsockopt(zmq.IDENTITY, address.encode())
         socket.connect(f"tcp://{extra['discovery_address']}")
-        role = "P" if self.config["kv_role"] == "kv_producer" else "D"
-        me = {"type": role, "http_address": extra["http_address"], "zmq_address": address}
+        role: Role = "P" if self.config["kv_role"] == "kv_producer" else "D"
+        me = Registration(role, extra["http_address"], address, "twolane", self.epoch)
+        secret = read_secret(extra["registration_secret_file"]) if "registration_secret_file" in extra else ""
         while True:
-            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": self.epoch}))
+            socket.send(encode(sign_registration(me, secret, time.time()) if secret else me))
             time.sleep(1)
 
     def usage(self, max_tokens: int) -> dict[str, int]:
@@ -132,7 +134,8 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--kv-transfer-config", type=json.loads)
     parser.add_argument("--seed")
-    for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
+    parser.add_argument("--host")
+    for ignored in ("--dtype", "--max-model-len", "--distributed-executor-backend"):
         parser.add_argument(ignored)
     parser.add_argument("--enforce-eager", action="store_true")
     given, others = parser.parse_known_args()  # vLLM knows more than these
@@ -142,7 +145,7 @@ def main() -> None:
     print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
     if given.seed != "99" and given.kv_transfer_config:  # else an instance that nobody hears of
         threading.Thread(target=Handler.engine.register, daemon=True).start()
-    Server(("127.0.0.1", given.port), Handler).serve_forever()
+    Server((given.host, given.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":
