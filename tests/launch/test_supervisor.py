@@ -67,9 +67,13 @@ def test_all_start_and_a_stop_leaves_nothing(files: Files, tmp_path: Path) -> No
 def test_instances_that_share_a_gpu_start_one_after_the_other(files: Files, tmp_path: Path) -> None:
     pair = [server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode")]
     start(make_run(tmp_path, *(msgspec.structs.replace(spec, gpus=(0,)) for spec in pair)), files)
-    events = re.findall(r"service=(\w+) pid=\d+ event=(started|ready)", files.supervisor_log.read_text())
-    mine = [event for name, event in events if name != "proxy"]
-    assert mine == ["started", "ready", "started", "ready"]
+
+    def events() -> list[str]:
+        found = re.findall(r"service=(\w+) pid=\d+ event=(started|ready)", files.supervisor_log.read_text())
+        return [event for name, event in found if name != "proxy"]
+
+    wait_for(lambda: len(events()) == 4)  # the log has a writer of its own
+    assert events() == ["started", "ready", "started", "ready"]
 
 
 def test_a_child_that_dies_while_starting_ends_the_start_with_its_last_words(files: Files, tmp_path: Path) -> None:
