@@ -10,6 +10,8 @@ together. The 256 tokens of a long stream come at 10 ms ticks, all streams at th
 every token is a read and a write of its own.
 
     python -m benchmarks.proxy              the table; makes environments for the peers on its first run
+    python -m benchmarks.proxy --before SRC --peers twolane --scrape
+                                            ours against ours of another source tree, /metrics read every second
     python -m benchmarks.proxy --memory     100,000 requests through ours: memory
     python -m benchmarks.proxy --streams    1,000 streams at once through ours
 
@@ -19,6 +21,7 @@ Needs two cores that nobody else uses: the load average before and after is in t
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -30,7 +33,7 @@ from typing import Any
 
 import uvloop
 from benchmarks.proxy_load import Load, Outcome, run
-from benchmarks.proxy_peers import PEERS, TWOLANE
+from benchmarks.proxy_peers import PEERS, TWOLANE, before
 from benchmarks.proxy_run import LOAD_CORE, Candidate, candidate
 
 WARM_UP_REQUESTS = 300
@@ -49,19 +52,40 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS), help="comma-separated names")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twolane/proxy-peers"
     parser.add_argument("--cache", type=Path, default=default, help="where the peers' environments are kept")
+    parser.add_argument("--before", type=Path, help="another source tree's src, measured in turns with this one's")
+    parser.add_argument("--scrape", action="store_true", help="read the proxy's /metrics every second meanwhile")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--streams", action="store_true")
     return parser.parse_args()
 
 
-def measure_cpu(made: Candidate, name: str, seed: int, scale: float) -> tuple[float, Outcome]:
+async def loaded(load: Load, scrape: bool) -> Outcome:
+    """`run`, while somebody reads the proxy's /metrics every second, if so wished."""
+
+    async def scrape_for_ever() -> None:
+        while True:
+            reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            await reader.read()
+            writer.close()
+            await asyncio.sleep(1)
+
+    scraper = asyncio.ensure_future(scrape_for_ever()) if scrape else None
+    try:
+        return await run(load)
+    finally:
+        if scraper is not None:
+            scraper.cancel()
+
+
+def measure_cpu(made: Candidate, name: str, seed: int, scale: float, scrape: bool) -> tuple[float, Outcome]:
     """CPU ms a request."""
     num_requests, concurrency, max_tokens, pace_ms = TABLE[name]
     load = Load(
         made.ports.http, max(concurrency, int(num_requests * scale)), concurrency, max_tokens, pace_ms, seed=seed
     )
     before_s = made.cpu_s()
-    outcome = uvloop.run(run(load))
+    outcome = uvloop.run(loaded(load, scrape))
     spent_s = made.cpu_s() - before_s
     return spent_s / load.num_requests * 1e3, outcome
 
@@ -72,11 +96,11 @@ def first_byte_ms(port: int, seed: int, scale: float) -> tuple[float, Outcome]:
     return median(outcome.first_byte_s or [float("nan")]) * 1e3, outcome
 
 
-def one_round(made: Candidate, seed: int, scale: float) -> tuple[dict[str, float], list[str]]:
+def one_round(made: Candidate, seed: int, scale: float, scrape: bool) -> tuple[dict[str, float], list[str]]:
     figures: dict[str, float] = {}
     errors: list[str] = []
     for name in TABLE:
-        figures[f"{name}: CPU ms"], outcome = measure_cpu(made, name, seed, scale)
+        figures[f"{name}: CPU ms"], outcome = measure_cpu(made, name, seed, scale, scrape)
         errors += outcome.errors
     direct, outcome = first_byte_ms(made.ports.decode, seed, scale)
     errors += outcome.errors
@@ -87,6 +111,8 @@ def one_round(made: Candidate, seed: int, scale: float) -> tuple[dict[str, float
 
 def table(args: argparse.Namespace) -> dict[str, Any]:
     wanted = [peer for peer in PEERS if peer.name in args.peers.split(",")]
+    if args.before is not None:
+        wanted.append(before(args.before))
     rounds: dict[str, list[dict[str, float]]] = {}
     left_out: dict[str, str] = {}
     errors: dict[str, list[str]] = {}
@@ -100,8 +126,8 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
         for made in running:
             uvloop.run(run(Load(made.ports.http, WARM_UP_REQUESTS, 32, 16)))
         for number in range(args.rounds):
-            for made in running:
-                figures, failed = one_round(made, number, args.scale)
+            for made in running if number % 2 else reversed(running):  # nobody is always first
+                figures, failed = one_round(made, number, args.scale, args.scrape)
                 rounds.setdefault(made.peer.name, []).append(figures)
                 errors.setdefault(made.peer.name, []).extend(failed)
                 print(f"round {number + 1} of {args.rounds}: {made.peer.name} {rounded(figures)}", flush=True)
@@ -109,7 +135,7 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
     print_table(summary)
     num_errors = {name: len(got) for name, got in errors.items()}
     first_errors = {name: got[0] for name, got in errors.items() if got}
-    ratios = against(summary, "vllm-router")
+    ratios = against(summary, "vllm-router") | against(summary, "before")
     return {
         "summary": summary,
         "ratios": ratios,

@@ -41,6 +41,13 @@ COMPLETION = (
 MODELS = (
     b'{"object":"list","data":[{"id":"mock","object":"model","created":1,"owned_by":"mock","max_model_len":32768}]}'
 )
+# As large as vLLM's own, with the lines that the proxy looks for at its end.
+METRICS = b"".join(
+    b'vllm:some_histogram_seconds_bucket{engine="0",le="%d",model_name="mock"} 0.0\n' % number for number in range(1000)
+) + b"".join(
+    b'%b{engine="0",model_name="mock"} 1.0\n' % name
+    for name in (b"vllm:prompt_tokens_total", b"vllm:generation_tokens_total", b"twolane_kv_received_bytes_total")
+)
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
@@ -96,7 +103,7 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, head: bytes, raw: bytes) -> None:
         if not head.startswith(b"POST /v1/"):
-            self._send(MODELS if b"/v1/models" in head[:40] else b"{}")
+            self._send(MODELS if b"/v1/models" in head[:40] else METRICS if b"/metrics" in head[:40] else b"{}")
             return
         body = decode_body(raw)
         if not body.stream:

@@ -114,6 +114,11 @@ def xpyd_argv(home: Path, ports: Ports) -> list[str]:
     return [str(home / "venv/bin/xpyd"), "--config", str(path)]
 
 
+def before(src: Path) -> Peer:
+    """Ours from another source tree, to compare with."""
+    return Peer("before", lambda home, ports: ["env", f"PYTHONPATH={src}", *twolane_argv(home, ports)], kind="twolane")
+
+
 TWOLANE = Peer("twolane", twolane_argv, kind="twolane")
 PEERS = (
     TWOLANE,

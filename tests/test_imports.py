@@ -41,7 +41,7 @@ def within(module: str, packages: tuple[str, ...]) -> bool:
 
 
 def test_proxy_launcher_and_cli_load_neither_torch_nor_vllm() -> None:
-    modules = ["twolane.cli", "twolane.config", "twolane.protocol", *modules_of("proxy", "launch")]
+    modules = ["twolane.cli", "twolane.config", "twolane.protocol", *modules_of("proxy", "launch", "power")]
     code = f"import sys, {', '.join(modules)}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -8,10 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pynvml
-
 from twolane.config import Settings
 from twolane.launch import benchmark
+from twolane.power.nvml import nvml
 
 MORE_PACKAGES = ("nixl", "nixl-cu13", "triton", "nvidia-nccl-cu13")
 TIMEOUT_S = 20.0
@@ -30,14 +29,8 @@ def surroundings(commit: str) -> dict[str, Any]:
 
 def driver_version() -> str:
     """Empty without an NVIDIA driver."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ""
-    try:
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as library:
+        return str(library.nvmlSystemGetDriverVersion()) if library else ""
 
 
 def git_commit() -> str:

@@ -19,7 +19,7 @@ from twolane.bench.report import percentile
 
 
 class Event(msgspec.Struct, frozen=True):
-    """A line of `trace_file`; see src/twolane/connector/trace.py."""
+    """A line of `trace_file`; see src/twolane/connector/story.py."""
 
     t: float
     side: Literal["P", "D"]

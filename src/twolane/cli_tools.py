@@ -1,4 +1,5 @@
-"""Commands that look and measure, and start nothing: logs, config, doctor, test, bench. cli.py adds them to its own."""
+"""Commands that look and measure, and start nothing: logs, trace, config, doctor, test, bench. cli.py adds
+them to its own."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from twolane.launch.benchmark import Load, bench_command
 from twolane.launch.checks import run_checks
 from twolane.launch.configuration import FILE_NAME, Configuration
 from twolane.launch.plan import proxy_address
+from twolane.launch.story import Asked, print_story
 
 app = typer.Typer()
 
@@ -40,6 +42,30 @@ def logs(
         typer.echo(line)
     if follow:
         log_files.follow(files, sys.stdout.write, flushed)
+
+
+@app.command(epilog=EPILOG)
+@with_settings(("host", "http_proxy_port", "api_key", "api_key_file"))
+def trace(
+    made: Configuration,
+    request: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Request id or transfer id; the newest if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show where a request's time went: what the proxy and both engines noted of it, as a timeline.
+
+    Example: twolane trace
+    Example: twolane trace 0f3a5c7e9b1d42f68a0c2e4f6a8b0c1d --json
+    """
+    from twolane.proxy.flags import all_keys  # noqa: PLC0415 - the other commands start faster without it
+
+    keys_given = all_keys(made.settings.api_key, made.settings.api_key_file)
+    story = Asked(proxy_address(made.settings), keys_given[0] if keys_given else "").story(request or "")
+    if as_json:
+        typer.echo(json.dumps(story, indent=2))
+    else:
+        print_story(story, console())
 
 
 @app.command(epilog=EPILOG)

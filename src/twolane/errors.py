@@ -84,19 +84,30 @@ class UpstreamError(TwoLaneError):
 
     status = 502
     kind = "bad_gateway"
+    cause: ClassVar[str] = "answer"  # what counts of retries are by: a 5xx, no HTTP, too much of it, ...
 
 
 class UpstreamConnectionError(UpstreamError):
     """The connection to an instance was refused or broke: the instance is taken out until it answers a probe."""
 
+    cause = "connection"
+
 
 class StaleConnectionError(UpstreamConnectionError):
     """A kept-alive connection ended before a byte of the answer; says nothing about the instance's health."""
+
+    cause = "stale_connection"
 
 
 class UpstreamTimeoutError(UpstreamError):
     status = 504
     kind = "gateway_timeout"
+    cause = "timeout"
+
+
+RETRY_CAUSES = tuple(
+    error.cause for error in (UpstreamError, UpstreamConnectionError, StaleConnectionError, UpstreamTimeoutError)
+)
 
 
 class TransferError(TwoLaneError):

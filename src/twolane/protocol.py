@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hmac
 import re
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -46,7 +47,7 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     leaving: bool = False  # last words at a clean stop
     problem: str = ""  # why KV can't move here, in words; empty: no trouble known
     sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
-    signature: str = ""  # see `sign_registration`
+    signature: str = ""  # see `sign`
     load: Load | None = None  # None: not known
     name: str = ""  # what people call it, such as decode-2; empty: it has none
     gpus: list[str] = []  # UUIDs, one a tensor-parallel rank; empty: none, or not known
@@ -56,13 +57,47 @@ class HandoffParams(msgspec.Struct, frozen=True):
     """`kv_transfer_params` of a request body, as the proxy writes it and the connector reads it.
 
     P gets `do_remote_decode`, D gets `do_remote_prefill` (vLLM looks at these two names itself, for its metrics);
-    `remote_address` is the other side's control address. Unknown keys are ignored.
+    `remote_address` is the other side's control address. `story`: where this instance registers somebody wants to hear
+    what happens to the transfer, and when. Unknown keys are ignored.
     """
 
     transfer_id: str
     remote_address: str
     do_remote_prefill: bool = False
     do_remote_decode: bool = False
+    story: bool = False
+
+
+MAX_STORY_EVENTS = 256  # a message
+MAX_STORY_ID_LENGTH = 128  # what has a longer transfer_id has no story: a message must stay small
+
+
+class StoryEvent(msgspec.Struct, frozen=True, array_like=True):
+    """`event`: see connector.story.Event. `at_s`: CLOCK_MONOTONIC of the machine that `Story.clock` names."""
+
+    transfer_id: str
+    event: str
+    at_s: float
+
+
+class Story(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type", tag="story"):
+    """What an instance did for transfers whose HandoffParams asked for a story: from rank 0, on the socket that its
+    registrations go through; no reply. Never sent to a proxy that didn't ask, since other routers know registrations
+    alone."""
+
+    role: Role
+    http_address: str  # as in its registration
+    clock: str  # see `clock_identity`
+    events: Annotated[list[StoryEvent], msgspec.Meta(max_length=MAX_STORY_EVENTS)]
+    num_dropped: Annotated[int, msgspec.Meta(ge=0)] = 0  # events before these that nobody will hear of
+    sent_at: float = 0.0  # these two as in Registration
+    signature: str = ""
+
+
+def clock_identity() -> str:
+    """The same for two processes only if CLOCK_MONOTONIC says the same to both."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{Path('/proc/self/ns/time').readlink()}"
 
 
 # How the proxies of P2pNcclConnector (vLLM 0.9.2 to 0.23.0) tell both sides about each other: in X-Request-Id,
@@ -244,22 +279,38 @@ encode_json = msgspec.json.Encoder().encode
 decode_to_prefill = msgspec.msgpack.Decoder(ToPrefill).decode
 decode_to_decode = msgspec.msgpack.Decoder(ToDecode).decode
 decode_registration = msgspec.msgpack.Decoder(Registration).decode
+_decode_story = msgspec.msgpack.Decoder(Story).decode
 
 
-def sign_registration(registration: Registration, secret: str, now: float) -> Registration:
+class _Heading(msgspec.Struct):
+    type: str
+
+
+_decode_heading = msgspec.msgpack.Decoder(_Heading).decode
+
+
+def decode_from_instance(frame: bytes) -> Registration | Story:
+    """What comes in on the discovery socket. Raises msgspec.MsgspecError."""
+    return _decode_story(frame) if _decode_heading(frame).type == "story" else decode_registration(frame)
+
+
+Signed = TypeVar("Signed", bound=Registration | Story)
+
+
+def sign(message: Signed, secret: str, now: float) -> Signed:
     """With `sent_at` (seconds since 1970) and an HMAC over all else, so that the secret itself never travels."""
-    stamped = msgspec.structs.replace(registration, sent_at=now, signature="")
+    stamped = msgspec.structs.replace(message, sent_at=now, signature="")
     return msgspec.structs.replace(stamped, signature=_signature(stamped, secret))
 
 
-def is_signed(registration: Registration, secret: str, now: float) -> bool:
+def is_signed(message: Registration | Story, secret: str, now: float) -> bool:
     """Whether who sent this knows the secret, and sent it within `SIGNATURE_VALID_S` of `now`."""
-    unsigned = msgspec.structs.replace(registration, signature="")
-    good = hmac.compare_digest(registration.signature.encode(), _signature(unsigned, secret).encode())
-    return good and abs(now - registration.sent_at) <= SIGNATURE_VALID_S
+    unsigned = msgspec.structs.replace(message, signature="")
+    good = hmac.compare_digest(message.signature.encode(), _signature(unsigned, secret).encode())
+    return good and abs(now - message.sent_at) <= SIGNATURE_VALID_S
 
 
-def _signature(unsigned: Registration, secret: str) -> str:
+def _signature(unsigned: Registration | Story, secret: str) -> str:
     return hmac.new(secret.encode(), encode(unsigned), "sha256").hexdigest()
 
 

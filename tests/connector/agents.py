@@ -73,11 +73,13 @@ class Prefill:
     address: str
     kv: dict[str, torch.Tensor]
 
-    def offer(self, transfer_id: str = "t", req_id: str = "p", digest: bytes = DIGEST) -> None:
-        self.agent.begin_step(StepPlan(offer=[Offer(req_id, transfer_id, digest)]))
+    def offer(self, transfer_id: str = "t", req_id: str = "p", digest: bytes = DIGEST, *, story: bool = False) -> None:
+        self.agent.begin_step(StepPlan(offer=[Offer(req_id, transfer_id, digest, story)]))
 
     def compute(self, block_ids: list[int], num_tokens: int, req_id: str = "p") -> None:
-        self.agent.end_step([Advance(req_id, block_ids, True, num_tokens)])
+        advance = [Advance(req_id, block_ids, True, num_tokens)]
+        self.agent.begin_step(StepPlan(advance=advance))
+        self.agent.end_step(advance)
 
     def finish(self, req_id: str = "p", *, ok: bool = True) -> None:
         self.agent.begin_step(StepPlan(finish=[Finish(req_id, ok)]))
@@ -96,9 +98,16 @@ class Decode:
     kv: dict[str, torch.Tensor]
 
     def receive(
-        self, prefill_address: str, block_ids: list[int], num_tokens: int, transfer_id: str = "t", first_block: int = 0
+        self,
+        prefill_address: str,
+        block_ids: list[int],
+        num_tokens: int,
+        transfer_id: str = "t",
+        first_block: int = 0,
+        *,
+        story: bool = False,
     ) -> None:
-        receive = Receive("d", transfer_id, prefill_address, num_tokens, first_block, block_ids, DIGEST)
+        receive = Receive("d", transfer_id, prefill_address, num_tokens, first_block, block_ids, DIGEST, story)
         self.agent.begin_step(StepPlan(receive=[receive]))
 
     def wait_finished(self, timeout_s: float = 5.0) -> set[int]:

@@ -30,7 +30,7 @@ from twolane.connector.host import host_identity
 from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.trace import Trace
+from twolane.connector.story import Story
 from twolane.connector.transport.base import Ticket
 from twolane.connector.transport.hub import Receivers, Senders, SendWay
 from twolane.connector.transport.shm import ShmSend
@@ -134,7 +134,7 @@ class Prefill(Worker):
         self.shm = ShmSend(LAYOUT, self.copier, slot_bytes=0, num_slots=NUM_SLOTS)
         ways: list[SendWay] = [DirectSend(self.copier)] if direct else [self.shm]
         self.side = PrefillSide(
-            SETTINGS, self.identity, FORMAT, LAYERS, Senders(self.copier, ways), self, Trace("", "P", 0)
+            SETTINGS, self.identity, FORMAT, LAYERS, Senders(self.copier, ways), self, Story("P", 0)
         )
         self.running: dict[str, PrefillRequest] = {}
         self.held: dict[str, list[int]] = {}  # ended; the transfer has the blocks
@@ -236,7 +236,7 @@ class Decode(Worker):
         super().__init__(world, pid)
         self.direct = DirectReceive(self.memory)
         receivers = Receivers(self.copier, [self.direct, SimShmReceive(LAYOUT, self.copier)])
-        self.side = DecodeSide(SETTINGS, self.identity, FORMAT, LAYERS, 0, receivers, self, Trace("", "D", 0))
+        self.side = DecodeSide(SETTINGS, self.identity, FORMAT, LAYERS, 0, receivers, self, Story("D", 0))
         self.sockets: dict[str, Wire] = {}
         self.blocks: dict[str, list[int]] = {}  # of every request
         self.waiting: dict[str, Handoff] = {}  # until it is reported

@@ -21,7 +21,7 @@ from twolane.protocol import (
     decode_registration,
     encode,
     is_signed,
-    sign_registration,
+    sign,
 )
 
 
@@ -133,7 +133,7 @@ def test_what_a_large_change_is(changes: dict[str, int], much: bool) -> None:
 
 
 def test_the_signature_covers_the_load() -> None:
-    signed = sign_registration(Registration("D", "127.0.0.1:1", "127.0.0.1:2", load=IDLE), "secret", 1.0)
+    signed = sign(Registration("D", "127.0.0.1:1", "127.0.0.1:2", load=IDLE), "secret", 1.0)
     assert is_signed(decode_registration(encode(signed)), "secret", 1.0)
     better = msgspec.structs.replace(IDLE, free_blocks=10**6)
     assert not is_signed(msgspec.structs.replace(signed, load=better), "secret", 1.0)

@@ -22,6 +22,7 @@ COMMANDS = [
     "scale",
     "status",
     "logs",
+    "trace",
     "proxy",
     "prefill",
     "decode",

@@ -14,12 +14,12 @@ from tests.launch.fakes import make_run, server_spec, spaced_ports
 from twolane.config import Kv, ProxySettings
 from twolane.launch.configuration import resolve
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, make_plan
-from twolane.launch.registrar import Registrar, needs_registrar
+from twolane.launch.registrar import Registrar, make_registrar
 from twolane.protocol import decode_registration
 from twolane.proxy.flags import parse_instances
 from twolane.proxy.service import Service
 
-TWO_GPUS = Machine(engine="cuda", python="python", num_cpus=8, gpus=(0, 1))
+TWO_GPUS = Machine(engine="cuda", python="python", num_cpus=8, gpus=(0, 1), gpu_uuids={0: "GPU-a", 1: "GPU-b"})
 PORTS = ("PREFILL_HTTP_PORT", "DECODE_HTTP_PORT", "PREFILL_KV_PORT", "DECODE_KV_PORT")
 MODEL = ServedModel(source="/m", names=("m",))
 
@@ -27,11 +27,10 @@ MODEL = ServedModel(source="/m", names=("m",))
 def test_a_nixl_instance_is_registered_with_its_kind_and_addresses(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(server_spec(tmp_path, "decode", "decode"), kv_port=22001)
     plan = make_run(tmp_path, spec)
-    assert not needs_registrar(plan, spec)
-    assert needs_registrar(msgspec.structs.replace(plan, kv="nixl"), spec)
+    assert make_registrar(plan, spec) is None
     with zmq.Context() as context, context.socket(zmq.ROUTER) as proxy:
         port = proxy.bind_to_random_port("tcp://127.0.0.1")
-        registrar = Registrar(spec, f"127.0.0.1:{port}")
+        registrar = Registrar(spec, f"127.0.0.1:{port}", "nixl")
         try:
             while not proxy.poll(50):
                 registrar.tick()
@@ -70,18 +69,22 @@ async def test_what_the_launcher_starts_is_of_the_right_kind_at_the_proxy(kv: Kv
     async with Service(ProxySettings(http_port=0, discovery_port=0)) as service:
         plan = planned(kv, service.discovery_port)
         with zmq.Context() as context:
-            if kv == "p2pnccl":
-                sockets = [register_as_vllm_does(context, spec) for spec in plan.instances()]
-            else:
-                assert all(needs_registrar(plan, spec) for spec in plan.instances())
-                registrars = [Registrar(spec, plan.discovery_address) for spec in plan.instances()]
-            async with asyncio.timeout(10):
-                while len(service.pool) < 2:
-                    for registrar in registrars if kv == "nixl" else ():
+            own = [register_as_vllm_does(context, spec) for spec in plan.instances() if kv == "p2pnccl"]
+            registrars = [r for spec in plan.instances() if (r := make_registrar(plan, spec)) is not None]
+            async with asyncio.timeout(30):
+                while len(service.pool) < 2 or not all(instance.gpus for instance in service.pool):
+                    for registrar in registrars:
                         registrar.tick()
                     await asyncio.sleep(0.02)
-            for end in sockets if kv == "p2pnccl" else registrars:
-                end.close()
+            if kv == "p2pnccl":
+                own += [register_as_vllm_does(context, spec) for spec in plan.instances()]
+                assert {registrar._me.epoch for registrar in registrars} == {""}
+                await asyncio.sleep(0.1)  # for what must not happen
+            for socket in own:
+                socket.close()
+            for registrar in registrars:
+                registrar.close()
+        assert {(i.name, *i.gpus) for i in service.pool} == {("prefill", "GPU-a"), ("decode", "GPU-b")}
         found = {(instance.role, instance.address, instance.kind) for instance in service.pool}
         prefill, decode = plan.instances()
         assert found == {("P", prefill.address, kv), ("D", decode.address, kv)}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from twolane.config import Settings
@@ -109,6 +110,15 @@ def test_own_arguments_come_last_so_that_they_win() -> None:
     services = by_name(make_plan(settings, CPU, MODEL))
     assert services["prefill"].argv[-2:] == ("--dtype", "bfloat16")
     assert services["decode"].argv[-4:] == ("--dtype", "bfloat16", "--max-num-seqs", "4")
+
+
+def test_the_proxy_gets_its_options_and_instances_know_their_gpus_names() -> None:
+    machine = msgspec.structs.replace(FOUR_GPUS, gpu_uuids={0: "GPU-a", 1: "GPU-b", 2: "GPU-c", 3: "GPU-d"})
+    settings = Settings(power_csv=Path("power.csv"), power_every=0.5, prefill_gpu=((0, 1),), decode_gpu=((3, 2),))
+    services = by_name(make_plan(settings, machine, MODEL))
+    assert services["proxy"].argv[-2:] == ("--power-csv=power.csv", "--power-every=0.5")
+    assert services["prefill"].gpu_uuids == ("GPU-a", "GPU-b")
+    assert services["decode"].gpu_uuids == ("GPU-d", "GPU-c")
 
 
 def test_instances_reach_a_proxy_that_listens_everywhere() -> None:

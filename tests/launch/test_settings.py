@@ -56,6 +56,14 @@ def test_a_plus_makes_one_instance_of_several_gpus() -> None:
     assert (settings.prefill, settings.decode) == (2, 1)
 
 
+def test_opentelemetrys_own_variable_counts_and_ours_wins() -> None:
+    standard = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:4318"}
+    made = resolve({}, standard, None)
+    assert made.settings.otlp_endpoint == "http://a:4318"
+    assert made.origins["otlp_endpoint"] == "environment OTEL_EXPORTER_OTLP_ENDPOINT"
+    assert from_env(**standard, TWOLANE_OTLP_ENDPOINT="http://b:4318").otlp_endpoint == "http://b:4318"
+
+
 def test_flags_win_over_the_environment_over_the_file_over_defaults() -> None:
     file = ConfigFile(
         "twolane.toml", "# mine\nproxy_port = 31001\nprefill = 2\ndecode = 2\nvllm_args = ['--seed', '1']\n"

@@ -107,12 +107,17 @@ async def answer(call: Call) -> None:
         await call.reply(200, {"path": call.path, "body": call.raw.decode()})
 
 
+async def tell_nothing(call: Call) -> None:
+    await call.reply(404, {"detail": "Not Found"})
+
+
 async def hang(call: Call) -> None:
     await call.gone.wait()
 
 
 class ScriptedInstance:
-    """An HTTP server on loopback. `calls` holds all requests but health probes; `behave` may be changed any time."""
+    """An HTTP server on loopback. `calls` holds all requests but health probes and those for /metrics, for which there
+    is `tell`; both behaviours may be changed any time."""
 
     def __init__(self, role: Role, behave: Behaviour = answer, kind: Kind = "twolane") -> None:
         self.role: Role = role
@@ -125,6 +130,8 @@ class ScriptedInstance:
         self.control_address = ""
         self.calls: list[Call] = []
         self.num_probes = 0
+        self.tell: Behaviour = tell_nothing
+        self.num_told = 0
         self.called = asyncio.Condition()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
@@ -201,13 +208,17 @@ class ScriptedInstance:
                 return False
             await call.reply(200 if self.healthy else 503, b"")
             return True
+        if path == "/metrics":
+            self.num_told += 1
+            await self._until_gone(self.tell, call, reader)
+            return call.reusable and not call.gone.is_set()
         async with self.called:
             self.calls.append(call)
             self.called.notify_all()
-        await self._behave_until_gone(call, reader)
+        await self._until_gone(self.behave, call, reader)
         return call.reusable and not call.gone.is_set()
 
-    async def _behave_until_gone(self, call: Call, reader: asyncio.StreamReader) -> None:
+    async def _until_gone(self, behave: Behaviour, call: Call, reader: asyncio.StreamReader) -> None:
         """A client that speaks no pipelining sends nothing now: whatever can be read is its end."""
 
         async def watch() -> None:
@@ -220,7 +231,7 @@ class ScriptedInstance:
 
         watcher = asyncio.create_task(watch())
         try:
-            await self.behave(call)
+            await behave(call)
         except ConnectionError:
             call.gone.set()
         finally:

@@ -15,8 +15,20 @@ from twolane.proxy.body import parse_body
 
 TO_P = HandoffParams("t", "d:1", do_remote_decode=True)
 TO_D = HandoffParams("t", "p:1", do_remote_prefill=True)
-FOR_P = {"transfer_id": "t", "remote_address": "d:1", "do_remote_prefill": False, "do_remote_decode": True}
-FOR_D = {"transfer_id": "t", "remote_address": "p:1", "do_remote_prefill": True, "do_remote_decode": False}
+FOR_P = {
+    "transfer_id": "t",
+    "remote_address": "d:1",
+    "do_remote_prefill": False,
+    "do_remote_decode": True,
+    "story": False,
+}
+FOR_D = {
+    "transfer_id": "t",
+    "remote_address": "p:1",
+    "do_remote_prefill": True,
+    "do_remote_decode": False,
+    "story": False,
+}
 ONE_TOKEN = {"max_tokens": 1, "stream": False, "n": 1, "temperature": 0}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 MESSAGES = [{"role": "user", "content": "hi"}]

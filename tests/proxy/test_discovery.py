@@ -12,7 +12,7 @@ from tests.proxy.scripted import Cluster, ScriptedInstance, cluster, eventually
 
 from twolane.config import ProxySettings
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, sign_registration
+from twolane.protocol import Registration, sign
 from twolane.proxy.pool import State
 from twolane.proxy.service import Service
 
@@ -103,15 +103,15 @@ async def test_signed_registration_is_taken_and_all_others_are_refused(caplog: p
     now = time.time()
     forged = [
         GOOD,
-        sign_registration(GOOD, "guess", now),
-        sign_registration(GOOD, SECRET, now - 3600),  # recorded an hour ago
-        msgspec.structs.replace(sign_registration(GOOD, SECRET, now), http_address="127.0.0.1:6"),
-        msgspec.structs.replace(sign_registration(GOOD, SECRET, now - 3600), sent_at=now),
+        sign(GOOD, "guess", now),
+        sign(GOOD, SECRET, now - 3600),  # recorded an hour ago
+        msgspec.structs.replace(sign(GOOD, SECRET, now), http_address="127.0.0.1:6"),
+        msgspec.structs.replace(sign(GOOD, SECRET, now - 3600), sent_at=now),
     ]
     async with cluster(0, 0, registration_secret=SECRET) as c:
         send_raw(c, *map(msgspec.msgpack.encode, forged))
         await eventually(lambda: "shared secret" in caplog.text)
-        send_raw(c, msgspec.msgpack.encode(sign_registration(GOOD, SECRET, now)))
+        send_raw(c, msgspec.msgpack.encode(sign(GOOD, SECRET, now)))
         await eventually(lambda: len(c.service.pool) == 1)
         assert (await c.stats())["registrations_refused"] == len(forged)
 

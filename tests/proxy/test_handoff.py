@@ -21,12 +21,14 @@ async def test_both_legs_carry_one_transfer_and_the_other_sides_control_address(
             "transfer_id": transfer_id,
             "remote_address": c.d.control_address,
             "do_remote_decode": True,
+            "story": True,
             "do_remote_prefill": False,
         }
         assert d.kv == {
             "transfer_id": transfer_id,
             "remote_address": c.p.control_address,
             "do_remote_decode": False,
+            "story": True,
             "do_remote_prefill": True,
         }
         assert p.json["max_tokens"] == 1

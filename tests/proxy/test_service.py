@@ -231,6 +231,8 @@ async def test_command_with_a_port_in_use_fails_and_names_the_holder(flag: str) 
         (["--discovery-host", "0.0.0.0"], "secret"),  # noqa: S104
         (["--api-key-file", "/nonexistent"], "/nonexistent"),
         (["--max-in-flight", "0"], "max-in-flight"),
+        (["--power-every", "600"], "0.01"),
+        (["--power-csv", "/nonexistent/power.csv"], "/nonexistent/power.csv"),
     ],
 )
 async def test_command_names_a_wrong_flag(arguments: list[str], word: str) -> None:

@@ -49,6 +49,9 @@ class DecodeAgent(Agent):
     # -- engine thread
 
     def begin_step(self, plan: StepPlan) -> None:
+        if plan.ended:
+            with self.lock:
+                self._side.note_ended(plan.ended)
         if not plan.drop and not plan.receive:
             return
         with self.lock:

@@ -12,10 +12,10 @@ from typing import Protocol
 
 from twolane.connector.agent import logger
 from twolane.connector.peer import Peer
-from twolane.connector.plan import Drop, Receive, StepPlan
+from twolane.connector.plan import Drop, Ended, Receive, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
-from twolane.connector.trace import Trace
+from twolane.connector.story import Story
 from twolane.connector.transfer import Incoming, IncomingState, ItemRange
 from twolane.connector.transport.base import ReceiveTransports, Ticket
 from twolane.errors import TransferError
@@ -96,7 +96,7 @@ class DecodeSide:
         rank: int,
         transports: ReceiveTransports,
         links: Links,
-        trace: Trace,
+        story: Story,
     ) -> None:
         self._counters = Counters()
         self._settings = settings
@@ -107,15 +107,15 @@ class DecodeSide:
         self._rank = rank
         self._transports = transports
         self._links = links
-        self._trace = trace
+        self._story = story
         self._open: dict[str, Incoming] = {}
         self._finished = Finished(set(), set())
         self._peers: dict[str, Peer] = {}
         self._gates: list[Gate] = []
         self._reads: list[Read] = []
         self._revoked: list[Peer] = []
-        self._landed: list[str] = []  # not reported yet
-        self._stepping: list[str] = []  # reported, not computed with yet
+        self._landed: list[Incoming] = []  # not reported yet
+        self._stepping: list[Incoming] = []  # reported, not computed with yet
 
     # -- what the engine says
 
@@ -137,8 +137,8 @@ class DecodeSide:
     def take_finished(self) -> Finished:
         """What is over since the last call: each announced request exactly once, also a dropped one."""
         finished, self._finished = self._finished, Finished(set(), set())
-        for transfer_id in self._landed:
-            self._trace.note(transfer_id, "reported")
+        for incoming in self._landed:
+            self._story.note(incoming, "reported")
         self._stepping, self._landed = self._stepping + self._landed, []
         return finished
 
@@ -148,20 +148,23 @@ class DecodeSide:
         return bool(self._stepping)
 
     def end_step(self) -> None:
-        """A forward pass was launched: for the benchmarks' trace alone."""
-        for transfer_id in self._stepping:
-            self._trace.note(transfer_id, "stepped")
+        """A forward pass was launched: for the story alone."""
+        for incoming in self._stepping:
+            self._story.note(incoming, "stepped")
         self._stepping = []
+
+    def note_ended(self, ended: list[Ended]) -> None:
+        for one in ended:
+            self._story.note(one, "ended", one.at_s)
 
     def _receive(self, receive: Receive, gate: Ticket, now_s: float) -> None:
         announce = Announce(
             receive.transfer_id, receive.num_tokens, receive.first_block, receive.block_ids, receive.digest
         )
         address = rank_address(receive.prefill_address, self._rank)
-        incoming = Incoming(
-            receive.req_id, announce, address, self._items_per_block, self._format.block_size, progress_at_s=now_s
-        )
-        self._trace.note(receive.transfer_id, "allocated")
+        sizes = (self._items_per_block, self._format.block_size)
+        incoming = Incoming(receive.req_id, announce, address, *sizes, progress_at_s=now_s, story=receive.story)
+        self._story.note(incoming, "allocated")
         if receive.transfer_id in self._open:
             incoming.fail(Cause.DUPLICATE, "transfer_id used twice", now_s)
             self._report(incoming)
@@ -204,8 +207,8 @@ class DecodeSide:
         if incoming.state is IncomingState.LANDED:
             self._counters.kv_received_transfers += 1
             self._counters.kv_wait_seconds.append(incoming.progress_at_s - incoming.announced_at_s)
-            self._trace.note(incoming.transfer_id, "landed")
-            self._landed.append(incoming.transfer_id)
+            self._story.note(incoming, "landed")
+            self._landed.append(incoming)
         elif incoming.is_dropped:
             self._counters.receive_failed(Cause.CANCELLED)
         else:
@@ -387,7 +390,7 @@ class DecodeSide:
         incoming.announced(now_s)
         peer.transfers.add(incoming.transfer_id)
         self._say(incoming.address, incoming.announce)
-        self._trace.note(incoming.transfer_id, "announce_sent")
+        self._story.note(incoming, "announce_sent")
 
     def _on_read(self, read: Read, now_s: float) -> None:
         if read.incoming is not None:
@@ -464,3 +467,4 @@ class DecodeSide:
         for peer in (*self._peers.values(), *self._revoked):
             peer.channel.close()
         self._transports.close()
+        self._story.close()

@@ -18,6 +18,7 @@ class Early:
 
     announce: Announce
     peer: bytes
+    came_at_s: float
     until_s: float
 
 
@@ -39,7 +40,8 @@ class Offers:
 
     def add(self, offer: Offer) -> tuple[Outgoing, Early | None]:
         """A request came in. Returns its transfer, ended already if nobody wants it, and the announce that waits."""
-        outgoing = Outgoing(offer.req_id, offer.transfer_id, offer.digest, self._block_size, self._items_per_block)
+        sizes = (self._block_size, self._items_per_block)
+        outgoing = Outgoing(offer.req_id, offer.transfer_id, offer.digest, *sizes, offer.story)
         self._by_req[offer.req_id] = outgoing
         if offer.transfer_id in self._by_id:
             outgoing.end("transfer_id used twice")
@@ -63,7 +65,7 @@ class Offers:
         return gone[0] if gone else None
 
     def announce_early(self, announce: Announce, peer: bytes, now_s: float) -> None:
-        self._early[announce.transfer_id] = Early(announce, peer, now_s + self._memory_s)
+        self._early[announce.transfer_id] = Early(announce, peer, now_s, now_s + self._memory_s)
 
     def cancel(self, transfer_id: str, reason: str, now_s: float) -> Outgoing | None:
         """D doesn't want it, whether P has seen the request or not. Returns the transfer if P has."""

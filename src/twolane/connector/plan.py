@@ -18,6 +18,7 @@ class Receive:
     first_block: int
     block_ids: list[int]
     digest: bytes
+    story: bool = False  # see protocol.HandoffParams
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Offer:
     req_id: str
     transfer_id: str
     digest: bytes
+    story: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ class Finish:
     ok: bool
 
 
+@dataclass(frozen=True)
+class Ended:
+    """D: the request that this transfer was for has its last token, or was aborted. `at_s`: monotonic."""
+
+    transfer_id: str
+    at_s: float
+    story: bool = True  # or it wouldn't be here
+
+
 @dataclass
 class StepPlan:
     """Everything for one step. `preempted`: P's requests whose blocks were taken away before this step's forward.
@@ -72,5 +83,6 @@ class StepPlan:
     preempted: list[str] = field(default_factory=list)
     advance: list[Advance] = field(default_factory=list)
     finish: list[Finish] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
     is_empty: bool = False
     load: Load | None = None

@@ -15,7 +15,7 @@ from twolane.connector.offers import Offers
 from twolane.connector.plan import Advance, Finish, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
-from twolane.connector.trace import Trace
+from twolane.connector.story import Story
 from twolane.connector.transfer import ItemRange, Outgoing
 from twolane.connector.transport.base import SendChannel, SendTransports, Ticket
 from twolane.errors import TransferError
@@ -84,7 +84,7 @@ class PrefillSide:
         items_per_block: int,
         transports: SendTransports,
         links: Links,
-        trace: Trace,
+        story: Story,
     ) -> None:
         self._counters = Counters()
         self._settings = settings
@@ -92,7 +92,7 @@ class PrefillSide:
         self._format = kv_format
         self._transports = transports
         self._links = links
-        self._trace = trace
+        self._story = story
         self._offers = Offers(kv_format.block_size, items_per_block, settings.lease_s)
         self._peers: dict[bytes, DecodePeer] = {}
         self._flights: list[Flight] = []
@@ -105,12 +105,18 @@ class PrefillSide:
         """Before the forward pass. After it no block of a preempted request is read any more."""
         for offer in plan.offer:
             outgoing, early = self._offers.add(offer)
-            self._trace.note(offer.transfer_id, "offered")
+            self._story.note(outgoing, "offered", now_s)
+            if early is not None:
+                self._story.note(outgoing, "announced", early.came_at_s)
             if outgoing.ended is not None:  # at once: the id is another's, or D has cancelled it
                 is_first = self._offers.of_transfer(offer.transfer_id) is outgoing
                 self._counters.send_failed(Cause.CANCELLED if is_first else Cause.DUPLICATE)
             elif early is not None:
                 self._accept(outgoing, early.announce, early.peer)
+        for advance in plan.advance:
+            scheduled = self._offers.of_request(advance.req_id)
+            if scheduled is not None and not scheduled.computed_at_s:
+                self._story.note(scheduled, "scheduled", now_s)
         for req_id in plan.preempted:
             if preempted := self._offers.of_request(req_id):
                 if preempted.in_flight:
@@ -132,7 +138,7 @@ class PrefillSide:
                     advance.block_ids, fence, replace=advance.replace, num_valid_tokens=advance.num_valid_tokens
                 )
                 outgoing.computed_at_s = now_s
-                self._trace.note(outgoing.transfer_id, "launched", now_s)
+                self._story.note(outgoing, "launched", now_s)
 
     def take_finished(self, finished_req_ids: set[str], now_s: float) -> set[str]:
         """Requests whose blocks nobody reads any more; each once, and only after vLLM named it as finished."""
@@ -243,11 +249,12 @@ class PrefillSide:
         self._say(peer, Mismatch(self._me, mismatch))
 
     def _on_announce(self, peer: bytes, announce: Announce, now_s: float) -> None:
-        self._trace.note(announce.transfer_id, "announced")
         if self._peers[peer].channel is None:  # sent before D knew
             self._on_cancel(peer, announce.transfer_id, "no KV can go there", now_s)
             return
         outgoing = self._offers.of_transfer(announce.transfer_id)
+        if outgoing is not None:
+            self._story.note(outgoing, "announced", now_s)
         if outgoing is not None and outgoing.ended is None:
             self._accept(outgoing, announce, peer)
         elif outgoing is not None:
@@ -359,8 +366,8 @@ class PrefillSide:
         outgoing.done()
         if was_open and outgoing.ended == "":
             if ticket.ready_at_s is not None:
-                self._trace.note(outgoing.transfer_id, "computed", ticket.ready_at_s)
-            self._trace.note(outgoing.transfer_id, "pushed", ticket.done_at_s)
+                self._story.note(outgoing, "computed", ticket.ready_at_s)
+            self._story.note(outgoing, "pushed", ticket.done_at_s)
             self._counters.kv_sent_transfers += 1
             self._counters.kv_sent_tokens += outgoing.num_tokens
             sent_at_s, computed_at_s = ticket.done_at_s or now_s, ticket.ready_at_s or outgoing.computed_at_s
@@ -371,3 +378,4 @@ class PrefillSide:
             if peer.channel is not None:
                 peer.channel.close()
         self._transports.close()
+        self._story.close()

@@ -1,4 +1,5 @@
-"""Tells the proxy that this instance is there. Format and pace are P2pNcclConnector's; see protocol.Registration."""
+"""Tells the proxy that this instance is there, and what became of its requests. Format and pace of the registrations
+are P2pNcclConnector's; see protocol.Registration."""
 
 from __future__ import annotations
 
@@ -8,14 +9,18 @@ import time
 import msgspec
 import zmq
 
-from twolane.protocol import REGISTER_EVERY_S, Load, Registration, encode, sign_registration
+from twolane.connector.story import Outbox
+from twolane.protocol import REGISTER_EVERY_S, Load, Registration, Story, clock_identity, encode, sign
 
 _SOONEST_S = 0.5  # between two registrations, however fast the load changes
+_TELL_EVERY_S = 0.25  # between two messages about requests ...
+_TELL_MANY_EVERY_S = 0.05  # ... that would be full
 
 
 class Registrar:
     """Sends the registration every 3 s, or sooner when the load changed much, over a DEALER whose identity is the
-    control address. Never blocks.
+    control address. Never blocks. What happened to requests (`outbox`) goes the same way, at most four times a second
+    while it isn't much.
 
     Used by the agent's thread alone, but for `load`, which the engine's thread may set at any time. `problem` is for
     whoever knows of one to set, and to clear.
@@ -29,17 +34,25 @@ class Registrar:
         self._secret = secret
         self.load: Load | None = None
         self.problem = ""
+        self.outbox = Outbox()
+        self._clock = clock_identity()
+        self._told_at_s = 0.0
         self._next_s = 0.0
         self._soonest_s = 0.0
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, me.zmq_address.encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
-        self._socket.setsockopt(zmq.SNDHWM, 2)
+        self._socket.setsockopt(zmq.SNDHWM, 16)  # room for a goodbye behind what was just told
         self._socket.setsockopt(zmq.RECONNECT_IVL, 200)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.connect(f"tcp://{discovery_address}")
 
     def tick(self, now_s: float) -> None:
+        self._register(now_s)
+        if now_s - self._told_at_s >= (_TELL_MANY_EVERY_S if self.outbox.has_many else _TELL_EVERY_S):
+            self._tell(now_s)
+
+    def _register(self, now_s: float) -> None:
         load = self.load
         has_news = self.problem != self._me.problem or changed_much(self._me.load, load)
         if now_s < self._soonest_s or (now_s < self._next_s and not has_news):
@@ -51,14 +64,25 @@ class Registrar:
 
     def close(self) -> None:
         """Says goodbye, so that the proxy sends nothing more here."""
+        self._tell(time.monotonic())
         self._send(msgspec.structs.replace(self._me, leaving=True, load=None))
         self._socket.close(linger=200)  # ms
 
-    def _send(self, registration: Registration) -> bool:
+    def _tell(self, now_s: float) -> None:
+        """What can't be sent is kept for the next time, up to a bound."""
+        events, num_dropped = self.outbox.take()
+        if events:
+            self._told_at_s = now_s
+            story = Story(self._me.type, self._me.http_address, self._clock, events, num_dropped)
+            if self._send(story):
+                return
+        self.outbox.give_back(events, num_dropped)
+
+    def _send(self, message: Registration | Story) -> bool:
         if self._secret:
-            registration = sign_registration(registration, self._secret, time.time())
+            message = sign(message, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
-            self._socket.send(encode(registration), zmq.NOBLOCK)
+            self._socket.send(encode(message), zmq.NOBLOCK)
             return True
         return False
 

@@ -6,6 +6,7 @@ Runs on the engine's thread; each side owns its dictionaries and builds one Step
 from __future__ import annotations
 
 import hashlib
+import time
 import uuid
 from array import array
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from twolane.connector.agent import logger
-from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
+from twolane.connector.plan import Advance, Drop, Ended, Finish, Offer, Receive, StepPlan
 from twolane.protocol import HandoffParams, Role, params_from_request_id, split_address
 
 if TYPE_CHECKING:
@@ -60,12 +61,15 @@ class DecodeScheduler:
         self._block_size = block_size
         self._fresh: dict[str, HandoffParams] = {}  # seen, no blocks yet
         self._waiting: dict[str, HandoffParams] = {}  # announced, not finished
+        self._told: dict[str, str] = {}  # whose end somebody wants to hear of: their transfer ids
         self._plan = StepPlan()
 
     def on_new_request(self, request: Request) -> None:
         params = handoff_params(request, "D")
         if params is not None and params.do_remote_prefill and request.prompt_token_ids:
             self._fresh[request.request_id] = params
+            if params.story:
+                self._told[request.request_id] = params.transfer_id
 
     def num_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """All of the prompt but its last token, which D computes itself to get the first output token."""
@@ -95,6 +99,7 @@ class DecodeScheduler:
                 first_block,
                 block_ids[first_block:end_block],
                 prompt_digest(request),
+                params.story,
             )
         )
 
@@ -103,6 +108,8 @@ class DecodeScheduler:
         params = self._fresh.pop(request.request_id, None) or self._waiting.pop(request.request_id, None)
         if params is not None:
             self._plan.drop.append(Drop(params.transfer_id, params.remote_address, "the request ended"))
+        if transfer_id := self._told.pop(request.request_id, None):
+            self._plan.ended.append(Ended(transfer_id, time.monotonic()))
         return False, None
 
     def on_worker_output(self, output: KVConnectorOutput) -> None:
@@ -129,7 +136,7 @@ class PrefillScheduler:
         params = for_decode or handoff_params(request, "P")
         if params is not None and (for_decode or params.do_remote_decode):
             self._offered[request.request_id] = for_decode
-            self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request)))
+            self._plan.offer.append(Offer(request.request_id, params.transfer_id, prompt_digest(request), params.story))
 
     def _mint(self, request: Request) -> HandoffParams | None:
         """For a proxy that speaks as to vLLM's NixlConnector: it asks P for parameters and passes them on to D as they

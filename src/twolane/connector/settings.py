@@ -23,7 +23,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
     `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc`, `shm`, `nccl`.
     `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once; 0: what suits the device.
-    `trace_file`: for benchmarks; see trace.Trace.
+    `trace_file`: for benchmarks; see story.Story.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
     `drop_tenth` makes P lose every tenth message to D.
     """

@@ -46,6 +46,7 @@ class Outgoing:
     digest: bytes
     block_size: int
     items_per_block: int
+    story: bool = False  # see protocol.HandoffParams
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
     computed_at_s: float = 0.0  # when the last forward pass for it was launched to its end
@@ -172,6 +173,7 @@ class Incoming:
     items_per_block: int
     block_size: int
     progress_at_s: float
+    story: bool = False  # see protocol.HandoffParams
     announced_at_s: float = 0.0
     state: IncomingState = IncomingState.ALLOCATED
     next_item: int = 0  # the first that no read was begun for

@@ -11,6 +11,7 @@ import zmq
 
 from twolane.connector.decode_agent import DecodeAgent
 from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.gpus import gpu_uuids
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout, layout_of
 from twolane.connector.plan import StepPlan
@@ -19,7 +20,7 @@ from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.register import Registrar
 from twolane.connector.settings import ConnectorSettings, read_secret
 from twolane.connector.stats import Counts
-from twolane.connector.trace import Trace
+from twolane.connector.story import Story
 from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.errors import ConfigError
 from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, join_address, rank_address
@@ -59,9 +60,15 @@ def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[b
         kind="twolane",
         epoch=epoch,
         name=settings.name,
+        gpus=gpu_uuids(facts.tp_size),
     )
     secret = read_secret(settings.registration_secret_file) if settings.registration_secret_file else ""
     return Registrar(context, settings.discovery_address, me, secret)
+
+
+def _story(facts: WorkerFacts, registrar: Registrar | None) -> Story:
+    outbox = None if registrar is None else registrar.outbox
+    return Story("P" if facts.is_prefill else "D", facts.rank, facts.settings.trace_file, outbox)
 
 
 def _identity() -> Identity:
@@ -71,6 +78,7 @@ def _identity() -> Identity:
 def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> PrefillAgent:
     """Raises ConfigError if the layout can't be moved or the control port is taken."""
     layout, me, context = layout_of(kv_caches, facts.num_blocks), _identity(), zmq.Context(io_threads=1)
+    registrar = _registrar(facts, me.epoch, context)
 
     def make_side(agent: PrefillAgent) -> PrefillSide:
         return PrefillSide(
@@ -80,13 +88,13 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
             layout.items_per_block,
             senders_for(layout, facts.settings, agent.wake),
             agent,
-            Trace(facts.settings.trace_file, "P", facts.rank),
+            _story(facts, registrar),
         )
 
     address = rank_address(facts.rank_0_address, facts.rank)
     loses = facts.settings.fault == "drop_tenth"
     try:
-        return PrefillAgent(make_side, address, _registrar(facts, me.epoch, context), context, loses_tenth=loses)
+        return PrefillAgent(make_side, address, registrar, context, loses_tenth=loses)
     except zmq.ZMQError as error:
         raise ConfigError(
             f"control address {address}: {error.strerror}. Another process has the port? Set another kv_port."
@@ -96,6 +104,7 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
 def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAgent:
     """Raises ConfigError if the layout can't be moved."""
     layout, me, context = layout_of(kv_caches, facts.num_blocks), _identity(), zmq.Context(io_threads=1)
+    registrar = _registrar(facts, me.epoch, context)
 
     def make_side(agent: DecodeAgent) -> DecodeSide:
         return DecodeSide(
@@ -106,10 +115,10 @@ def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAg
             facts.rank,
             receivers_for(layout, facts.settings, agent.wake),
             agent,
-            Trace(facts.settings.trace_file, "D", facts.rank),
+            _story(facts, registrar),
         )
 
-    return DecodeAgent(make_side, _registrar(facts, me.epoch, context), context)
+    return DecodeAgent(make_side, registrar, context)
 
 
 class WorkerSide:

@@ -34,7 +34,8 @@ DEFAULT = "default"
 PROXY_KEYS = (
     *("host", "http_proxy_port", "proxy_port", "kv", "policy", "min_prefill_tokens", "max_prefill_queue"),
     *("max_in_flight", "max_queued", "queue_timeout", "discovery_host", "registration_secret_file", "allow_network"),
-    *("api_key", "api_key_file", "upstream_api_key", "log_dir", "log_max_mb"),
+    *("power_csv", "power_every"),
+    *("api_key", "api_key_file", "upstream_api_key", "otlp_endpoint", "log_dir", "log_max_mb"),
 )
 SECRET = frozenset(("api_key", "upstream_api_key"))  # not shown
 ALIASES = {"http_proxy_port": "--http-port", "proxy_port": "--discovery-port"}  # more flags for the same
@@ -50,6 +51,7 @@ def flag(key: str) -> str:
 
 
 VARIABLES = {variable(key): key for key in KEYS}
+STANDARD = {"OTEL_EXPORTER_OTLP_ENDPOINT": "otlp_endpoint"}  # everybody's; our own variable wins
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _from_env(env: Mapping[str, str]) -> list[Layer]:
     unknown = [name for name in env if name.startswith(PREFIX) and name not in VARIABLES]
     if unknown:
         raise ConfigError(f"the environment has {unknown[0]}, which is no setting{nearest(unknown[0], VARIABLES)}")
-    found = [(key, name) for name, key in VARIABLES.items() if env.get(name, "").strip()]
+    found = [(key, name) for name, key in (STANDARD | VARIABLES).items() if env.get(name, "").strip()]
     return [(key, env[name].strip(), f"environment {name}", name) for key, name in found]
 
 

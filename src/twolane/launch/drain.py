@@ -17,7 +17,7 @@ import zmq
 from twolane.launch import probes
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.registrar import TYPES
-from twolane.protocol import Registration, encode, sign_registration
+from twolane.protocol import Registration, encode, sign
 
 POLL_S = 0.3
 LEAVING = "leaving"  # a state of the proxy's
@@ -73,7 +73,7 @@ class Goodbye:
             name=spec.name,
         )
         if self._secret:
-            words = sign_registration(words, self._secret, time.time())
+            words = sign(words, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(words), zmq.NOBLOCK)
 

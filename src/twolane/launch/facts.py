@@ -19,6 +19,7 @@ from twolane.launch import benchmark
 from twolane.launch.hardware import vllm_folder
 from twolane.launch.plan import Plan
 from twolane.launch.ports import taken_ports
+from twolane.power.nvml import nvml
 
 TIMEX_BYTES = 256  # struct timex takes 208 on 64-bit Linux
 TIME_ERROR = 5  # what adjtimex returns where nothing keeps the clock right
@@ -125,13 +126,9 @@ def _architectures() -> str:
 
 def _nvidia() -> tuple[str, tuple[Gpu, ...], dict[tuple[int, int], tuple[bool, bool]]]:
     """Driver version, GPUs, and how each pair reaches each other. Nothing without a driver."""
-    import pynvml  # noqa: PLC0415 - a machine without a driver need not load it
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return "", (), {}
-    try:
+    with nvml() as pynvml:
+        if pynvml is None:
+            return "", (), {}
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         gpus = tuple(_gpu(pynvml, index, handle) for index, handle in enumerate(handles))
         links = {
@@ -142,8 +139,6 @@ def _nvidia() -> tuple[str, tuple[Gpu, ...], dict[tuple[int, int], tuple[bool, b
             for a, b in itertools.combinations(range(len(handles)), 2)
         }
         return str(pynvml.nvmlSystemGetDriverVersion()), gpus, links
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _gpu(pynvml: Any, index: int, handle: Any) -> Gpu:

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from twolane.errors import ConfigError
 from twolane.launch.plan import Engine, Machine
+from twolane.power.nvml import nvml
 
 
 def inspect_machine() -> Machine:
     """ConfigError if no engine is installed beside TwoLane."""
     engine = installed_engine()
-    gpus = visible_gpus() if engine == "cuda" else ()
-    return Machine(engine=engine, python=sys.executable, num_cpus=len(os.sched_getaffinity(0)), gpus=gpus)
+    num_cpus = len(os.sched_getaffinity(0))
+    if engine == "cpu":
+        return Machine(engine, sys.executable, num_cpus)
+    return Machine(engine, sys.executable, num_cpus, visible_gpus(), gpu_uuids())
 
 
 def installed_engine() -> Engine:
@@ -31,20 +34,24 @@ def installed_engine() -> Engine:
 
 def visible_gpus() -> tuple[int, ...]:
     """Numbers of the NVIDIA GPUs, those of CUDA_VISIBLE_DEVICES if it names some by number. Empty without a driver."""
-    import pynvml  # noqa: PLC0415 - a machine without a driver need not load it
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        present = tuple(range(pynvml.nvmlDeviceGetCount()))
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as library:
+        present = tuple(range(library.nvmlDeviceGetCount())) if library else ()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
     if named and all(part.isdigit() for part in named.split(",")):
         return tuple(int(part) for part in named.split(",") if int(part) in present)
     return present
+
+
+def gpu_uuids() -> dict[int, str]:
+    """Of all NVIDIA GPUs of this machine, by number. Empty if one doesn't say: they only tell whose power is whose."""
+    with nvml() as library:
+        if library is None:
+            return {}
+        try:
+            numbers = range(library.nvmlDeviceGetCount())
+            return {i: str(library.nvmlDeviceGetUUID(library.nvmlDeviceGetHandleByIndex(i))) for i in numbers}
+        except library.NVMLError:
+            return {}
 
 
 def vllm_folder() -> Path | None:
@@ -56,14 +63,6 @@ def vllm_folder() -> Path | None:
 
 def gpu_names() -> list[str]:
     """Of all NVIDIA GPUs of this machine."""
-    import pynvml  # noqa: PLC0415 - see above
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml() as library:
+        numbers = range(library.nvmlDeviceGetCount()) if library else ()
+        return [str(library.nvmlDeviceGetName(library.nvmlDeviceGetHandleByIndex(index))) for index in numbers]

@@ -32,6 +32,8 @@ CPU_KV_SPACE_GIB = 1
 # Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
 PROXY_OPTIONS = (
     *("policy", "min_prefill_tokens", "max_prefill_queue", "max_in_flight", "max_queued", "queue_timeout"),
+    *("power_csv", "power_every"),
+    "otlp_endpoint",
 )
 ALONE_ONLY = ("discovery_host", "registration_secret_file", "api_key", "api_key_file", "upstream_api_key")
 
@@ -43,6 +45,7 @@ class Machine(msgspec.Struct, frozen=True):
     python: str  # the interpreter that has TwoLane and the engine
     num_cpus: int
     gpus: tuple[int, ...] = ()
+    gpu_uuids: dict[int, str] = {}
 
 
 class ServedModel(msgspec.Struct, frozen=True):
@@ -66,6 +69,7 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     log: str
     kv_port: int | None = None
     gpus: tuple[int, ...] = ()  # one a tensor-parallel rank
+    gpu_uuids: tuple[str, ...] = ()  # as many, or none if they aren't known
 
     @property
     def address(self) -> str:
@@ -232,6 +236,7 @@ def make_instance(
         http_port=http_port,
         kv_port=kv_port,
         gpus=gpus,
+        gpu_uuids=tuple(machine.gpu_uuids[gpu] for gpu in gpus if gpu in machine.gpu_uuids),
         log=str(Path(place.log_dir or settings.log_dir) / f"{name}.log"),
     )
 

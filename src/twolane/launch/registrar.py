@@ -1,4 +1,5 @@
-"""Registers instances whose connector doesn't do it by itself (vLLM's NixlConnector) at the proxy, on their behalf."""
+"""Speaks to the proxy for instances whose connector doesn't register (vLLM's NixlConnector), or tells neither name nor
+GPUs (P2pNcclConnector)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Literal
 import zmq
 
 from twolane.launch.plan import Plan, ServiceSpec
-from twolane.protocol import REGISTER_EVERY_S, Registration, encode
+from twolane.protocol import REGISTER_EVERY_S, Kind, Registration, encode
 
 TYPES: dict[str, Literal["P", "D"]] = {"prefill": "P", "decode": "D"}
 
@@ -18,19 +19,22 @@ TYPES: dict[str, Literal["P", "D"]] = {"prefill": "P", "decode": "D"}
 class Registrar:
     """One instance's. Owns a socket; `tick` never blocks. Used by one thread."""
 
-    def __init__(self, spec: ServiceSpec, discovery_address: str) -> None:
+    def __init__(self, spec: ServiceSpec, discovery_address: str, kind: Kind) -> None:
         address = f"{spec.host}:{spec.kv_port}"
+        speaks_alone = kind == "nixl"
         self._me = Registration(
             type=TYPES[spec.role],
             http_address=spec.address,
             zmq_address=address,
-            kind="nixl",
-            epoch=uuid.uuid4().hex,
+            kind=kind,
+            epoch=uuid.uuid4().hex if speaks_alone else "",  # P2pNcclConnector's own registrations have none
             name=spec.name,
+            gpus=list(spec.gpu_uuids),
         )
         self._next_s = 0.0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, address.encode())
+        # Not the identity under which a connector that registers by itself is connected.
+        self._socket.setsockopt(zmq.IDENTITY, (address if speaks_alone else f"{address} launcher").encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"tcp://{discovery_address}")
@@ -46,5 +50,8 @@ class Registrar:
         self._socket.close()
 
 
-def needs_registrar(plan: Plan, spec: ServiceSpec) -> bool:
-    return plan.kv == "nixl" and spec.role != "proxy"
+def make_registrar(plan: Plan, spec: ServiceSpec) -> Registrar | None:
+    """None where the connector tells it all."""
+    if plan.kv == "twolane" or spec.role == "proxy":
+        return None
+    return Registrar(spec, plan.discovery_address, plan.kv)

@@ -26,7 +26,7 @@ from twolane.launch.logs import Follower
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.ports import check_ports
 from twolane.launch.process import Child, last_lines
-from twolane.launch.registrar import Registrar, needs_registrar
+from twolane.launch.registrar import Registrar, make_registrar
 from twolane.launch.service import describe_exit
 from twolane.launch.state import ServiceState
 from twolane.launch.supervisor import INSTANCE_STOP_S, RUN_DIR_PREFIX
@@ -73,7 +73,7 @@ def _write(text: str) -> None:
 def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], object], record: Record) -> None:
     """Shows the instance's log until it ends. Ctrl+C, SIGTERM and a closed terminal stop it. StartError if it fails."""
     run_dir = Path(tempfile.mkdtemp(prefix=RUN_DIR_PREFIX))
-    registrar = Registrar(spec, plan.discovery_address) if needs_registrar(plan, spec) else None
+    registrar = make_registrar(plan, spec)
     child = None
     try:
         with _signals_interrupt():

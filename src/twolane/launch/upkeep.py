@@ -8,12 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from twolane.launch.phases import READY, REGISTERING
+from twolane.launch.phases import DRAINING, READY, REGISTERING
 from twolane.launch.plan import Plan
-from twolane.launch.registrar import Registrar
+from twolane.launch.registrar import Registrar, make_registrar
 from twolane.launch.service import Service
 
 REGISTER_TICK_S = 0.2
+SERVING = {REGISTERING, READY, DRAINING}
 
 
 class Wish(msgspec.Struct, frozen=True):
@@ -49,16 +50,16 @@ def take_wish(state_path: Path) -> Wish | None:
 
 
 async def register(plan: Plan, services: Sequence[Service]) -> None:
-    """For instances whose connector doesn't register; `services` may change meanwhile. Returns if there are none."""
+    """For instances whose connector doesn't tell all; `services` may change meanwhile. Returns if there are none."""
     registrars: dict[int, Registrar] = {}  # by pid: each life of an instance has its own
     try:
-        while plan.kv == "nixl":
-            serving = {s.state.pid: s for s in services if s.state.phase in {REGISTERING, READY} and s.is_instance}
+        while plan.kv != "twolane":
+            serving = {s.state.pid: s for s in services if s.state.phase in SERVING and s.is_instance}
             for pid in registrars.keys() - serving.keys():
                 registrars.pop(pid).close()
             for pid, service in serving.items():
-                if pid not in registrars:
-                    registrars[pid] = Registrar(service.spec, plan.discovery_address)
+                if pid not in registrars and (made := make_registrar(plan, service.spec)):
+                    registrars[pid] = made
                 registrars[pid].tick()
             await asyncio.sleep(REGISTER_TICK_S)
     finally:

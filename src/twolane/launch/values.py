@@ -41,6 +41,13 @@ def number(raw: object) -> float:
     return value
 
 
+def pace(raw: object) -> float:
+    value = number(raw)
+    if not 0.01 <= value <= 60:
+        raise WrongValueError("is not a number of seconds from 0.01 to 60")
+    return value
+
+
 def gpus(raw: object) -> GpuGroups:
     """`0,1`: two instances. `0+1`: one with tensor parallelism 2."""
     text = str(raw).replace(" ", "")
@@ -125,12 +132,15 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "max_in_flight": whole(1, 1 << 20),
     "max_queued": whole(0, 1 << 20),
     "queue_timeout": number,
+    "power_csv": path,
+    "power_every": pace,
     "discovery_host": string,
     "registration_secret_file": path,
     "allow_network": words,
     "api_key": words,
     "api_key_file": path,
     "upstream_api_key": string,
+    "otlp_endpoint": string,
     "log_dir": path,
     "cache_dir": path,
     "ray": string,

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from time import monotonic
+from urllib.parse import unquote
 
 from twolane import __version__
 from twolane.errors import (
@@ -16,19 +17,25 @@ from twolane.errors import (
     TooBusyError,
     UnauthorizedError,
 )
+from twolane.power.report import PowerCollector
 from twolane.proxy.admission import Admission
 from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
+from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
+from twolane.proxy.instance_pages import PREFIX, InstancePages
 from twolane.proxy.kinds import HANDOVERS
+from twolane.proxy.metrics import CONTENT_TYPE, InstanceCollector, RequestCollector, exposition, make_registry
 from twolane.proxy.pages import Page, Pages
 from twolane.proxy.policy import Ask
 from twolane.proxy.pool import Instance
+from twolane.proxy.power import Power
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 from twolane.proxy.stats import RequestRecord, Stats, instance_dict
+from twolane.proxy.tracing import HEADERS, Tracer, begin_trace
 
 CHAT_PATH = "/v1/chat/completions"
 HANDOFF_PATHS = frozenset(("/v1/completions", CHAT_PATH))
@@ -53,16 +60,33 @@ _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
-    def __init__(self, upstreams: Upstreams, stats: Stats) -> None:
+    def __init__(
+        self, upstreams: Upstreams, stats: Stats, engines: Engines, power: Power, tracer: Tracer | None = None
+    ) -> None:
         settings = upstreams.settings
         self.draining = False
         self._upstreams = upstreams
         self._stats = stats
+        self._engines = engines
+        self._power = power
+        self._tracer = tracer
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
-        # Load balancers ask for /health without a key.
-        self._pages = Pages([Page("/health", self._health, is_public=True), Page("/stats", self._report)])
+        self._registry = make_registry(
+            RequestCollector(stats, self._admission, HANDOFF_PATHS),
+            InstanceCollector(upstreams.pool, engines),
+            PowerCollector(power.latest),
+        )
+        self._pages = Pages(
+            [
+                Page("/health", self._health, is_public=True),  # load balancers ask without a key
+                Page("/stats", self._report),
+                Page("/metrics", self._metrics),
+                Page(PREFIX, InstancePages(upstreams.pool, engines).answer),
+                Page("/stats/requests/", self._story),
+            ]
+        )
 
     async def handle(self, request: Request, responder: Responder) -> None:
         record = RequestRecord(request.path, _request_id(request), monotonic())
@@ -80,7 +104,11 @@ class App:
         if self.draining:
             responder.keep_alive = False
             raise NoInstanceError("the proxy is shutting down")
-        await self._serve(job, responder, record)
+        try:
+            await self._serve(job, responder, record)
+        finally:
+            if record.trace is not None and self._tracer is not None:
+                self._tracer.ended(record)
 
     async def _own(self, request: Request, responder: Responder, page: Page, rest: str) -> None:
         if not page.is_public:
@@ -100,6 +128,7 @@ class App:
         except TooBusyError as error:
             reject(error, responder, record, self._stats)
             return
+        record.admitted_at = monotonic()
         try:
             await handoff.run()
         finally:
@@ -115,21 +144,24 @@ class App:
         if request.method not in allowed:
             raise MethodNotAllowedError(request.method, path, allowed)
         method = "GET" if request.method == "HEAD" else request.method
-        headers = self._passed_on(request)
         if path not in HANDOFF_PATHS:
             ask = _ALONE if path in ALONE_PATHS else _RELAY
-            return Job(method, request.target, headers, record.request_id, ask, None, request.body)
+            return Job(method, request.target, self._passed_on(request), record.request_id, ask, None, request.body)
         body = parse_body(request.body, is_chat=path == CHAT_PATH)
         record.stream = body.stream
-        return Job(method, request.target, headers, record.request_id, self._ask(body), body)
+        if self._tracer is not None:
+            record.trace = begin_trace(request.headers, path == CHAT_PATH, body.model())
+        headers = self._passed_on(request, HEADERS if record.trace is not None else frozenset())
+        return Job(method, request.target, headers, record.request_id, self._ask(body), body, trace=record.trace)
 
     def _ask(self, body: SplitBody) -> Ask:
         why_alone = f"body:{body.whole_because}" if body.whole_because else ""
         beginning = body.prompt_beginning() if self._upstreams.router.wants_beginning else b""
         return Ask(alone_because=why_alone, num_tokens=body.num_prompt_tokens, beginning=beginning)
 
-    def _passed_on(self, request: Request) -> bytes:
-        return encode(end_to_end(request.headers, self._not_passed_on) + self._gatekeeper.upstream_headers())
+    def _passed_on(self, request: Request, replaced: frozenset[bytes] = frozenset()) -> bytes:
+        dropped = self._not_passed_on | replaced if replaced else self._not_passed_on
+        return encode(end_to_end(request.headers, dropped) + self._gatekeeper.upstream_headers())
 
     def _allowed(self, path: str) -> tuple[str, ...]:
         if path in HANDOFF_PATHS or path in ALONE_PATHS:
@@ -152,10 +184,17 @@ class App:
 
     async def _report(self, _request: Request, responder: Responder, _rest: str) -> None:
         now = monotonic()
-        instances = [instance_dict(instance, now) for instance in self._upstreams.pool]
+        instances = [instance_dict(instance, now, self._engines.latest(instance)) for instance in self._upstreams.pool]
         report = {"version": __version__, "uptime_s": round(now - self._stats.started_at, 3), "instances": instances}
         report |= {"in_flight": self._admission.in_flight, "queued": self._admission.queued}
-        responder.send_json(200, report | self._stats.as_dict())
+        responder.send_json(200, report | self._power.as_dict() | self._stats.as_dict())
+
+    async def _metrics(self, _request: Request, responder: Responder, _rest: str) -> None:
+        await self._engines.refresh()
+        responder.send(200, [(b"content-type", CONTENT_TYPE)], await exposition(self._registry))
+
+    async def _story(self, _request: Request, responder: Responder, rest: str) -> None:
+        responder.send_json(200, self._stats.stories.story(unquote(rest)))
 
 
 def _request_id(request: Request) -> str:

@@ -17,6 +17,7 @@ from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.legs import DecodeLeg, PrefillLeg, Verdict, judge
 from twolane.proxy.policy import Ask, Route, Router
 from twolane.proxy.pool import Instance, Pool, Ticket
+from twolane.proxy.tracing import RequestTrace
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -29,6 +30,7 @@ class Job(msgspec.Struct, frozen=True):
     ask: Ask
     body: SplitBody | None = None
     raw: bytes = b""
+    trace: RequestTrace | None = None  # then `headers` holds no trace context
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Attempt:
         self._prefill_exchange: Exchange | None = None
         self.decode = DecodeLeg(f"decode instance {route.decode.address}", self._changed, upstreams.gaps)
         self.decode_exchange: Exchange | None = None
+        self.prefill_sent_at: float | None = None  # monotonic, s
+        self.decode_sent_at: float | None = None
         self._first_byte_timer: asyncio.TimerHandle | None = None
         self._blamed: set[Instance] = set()
         self._closed = False
@@ -83,13 +87,15 @@ class Attempt:
         assert self._job.body is not None
         leg = PrefillLeg(f"prefill instance {prefill.address}", self._changed, self._handover.reads_prefill)
         self.prefill = leg
-        body = self._handover.for_prefill(self._job.body, self.transfer_id, self.route.decode)
+        body = self._handover.for_prefill(self._job.body, self.transfer_id, prefill, self.route.decode)
+        self.prefill_sent_at = monotonic()
         self._prefill_exchange = self._open(prefill, body, leg)
         self._deadline(leg, self._settings.prefill_timeout_s, "prefill")
 
     def _send_decode(self, answer: bytes) -> None:
         """Raises UpstreamError if P's answer makes no sense."""
         body = self._decode_body(answer)
+        self.decode_sent_at = monotonic()
         self.decode_exchange = self._open(self.route.decode, body, self.decode)
         self._first_byte_timer = self._deadline(self.decode, self._settings.first_byte_timeout_s, "first byte")
 
@@ -99,7 +105,7 @@ class Attempt:
             return self._job.raw
         if prefill is None:
             return body.for_decode_alone()
-        return self._handover.for_decode(body, self.transfer_id, prefill, answer)
+        return self._handover.for_decode(body, self.transfer_id, prefill, self.route.decode, answer)
 
     def _open(self, instance: Instance, body: bytes, leg: PrefillLeg | DecodeLeg) -> Exchange:
         job = self._job
@@ -108,6 +114,8 @@ class Attempt:
         if self.transfer_id:
             request_id = self._handover.request_id(self.transfer_id, request_id)
         headers = b"%bx-request-id: %b\r\n" % (job.headers, request_id.encode("ascii"))
+        if job.trace is not None:
+            headers += job.trace.headers_for(instance.role)
         request = request_bytes(job.method, job.target, instance.address, headers, body)
         return self._client.send(instance.address, request, leg)
 

@@ -125,6 +125,11 @@ class SplitBody(msgspec.Struct, frozen=True):
             return self.raw
         return _encode({name: value for name, value in self.fields.items() if name != KV_PARAMS})
 
+    def model(self) -> str:
+        """As the client names it; empty if it names none."""
+        value = _value(self.fields, "model")
+        return value if isinstance(value, str) else ""
+
     def prompt_beginning(self) -> bytes:
         """The same for prompts that begin the same; for a chat, in every turn."""
         messages = self.fields.get("messages")

@@ -12,7 +12,7 @@ import zmq
 
 from twolane.config import ProxySettings
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, decode_registration, is_signed, split_address
+from twolane.protocol import Registration, Story, decode_from_instance, is_signed, split_address
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import port_in_use
 from twolane.proxy.stats import Stats
@@ -94,24 +94,29 @@ class Discovery:
         asyncio.get_running_loop().call_soon(self._readable)
 
     def take(self, frames: list[bytes]) -> None:
-        """One message: the sender's identity and the registration map."""
+        """One message: the sender's identity, and a registration or what happened to some requests."""
         if self._socket.closed:
             return
         try:
-            registration = decode_registration(frames[-1])
-            self._check(registration)
+            message = decode_from_instance(frames[-1])
+            self._check(message)
         except (msgspec.MsgspecError, ValueError) as error:
             self._stats.num_registrations_refused += 1
             self._complain(f"from {frames[0][:64]!r}: {error}")
             return
-        self._pool.register(registration, monotonic())
+        if isinstance(message, Story):
+            self._stats.stories.hear(message, monotonic())
+        else:
+            self._pool.register(message, monotonic())
 
-    def _check(self, registration: Registration) -> None:
+    def _check(self, message: Registration | Story) -> None:
         """Raises ValueError, which says what is wrong with it."""
         secret = self._settings.registration_secret
-        if secret and not is_signed(registration, secret, time()):
-            raise ValueError(f"{registration.http_address} did not sign with the shared secret, or its clock is off")
-        for address in (registration.http_address, registration.zmq_address):
+        if secret and not is_signed(message, secret, time()):
+            raise ValueError(f"{message.http_address} did not sign with the shared secret, or its clock is off")
+        if isinstance(message, Story):
+            return  # it changes nothing but the records of requests that went to that address
+        for address in (message.http_address, message.zmq_address):
             host, _ = split_address(address)
             if not is_allowed(host, self._networks):
                 raise ValueError(f"{address} is in no allowed network; see --allow-network")

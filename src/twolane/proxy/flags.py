@@ -30,6 +30,9 @@ def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequenc
         max_in_flight=settings.max_in_flight,
         max_queued=settings.max_queued,
         queue_timeout_s=settings.queue_timeout,
+        power_csv=settings.power_csv,
+        power_every_s=settings.power_every,
+        otlp_endpoint=settings.otlp_endpoint,
     )
 
 

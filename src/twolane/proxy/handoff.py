@@ -7,6 +7,7 @@ import logging
 from time import monotonic
 
 from twolane.errors import NoInstanceError, StaleConnectionError, TooBusyError, TwoLaneError, UpstreamError
+from twolane.protocol import Role
 from twolane.proxy.attempt import Attempt, Job, Upstreams
 from twolane.proxy.headers import HOP_BY_HOP, Headers, end_to_end
 from twolane.proxy.legs import Verdict
@@ -35,6 +36,7 @@ class Handoff:
         self._stats = stats
         self._tried = Tried()
         self._last_error: UpstreamError | None = None
+        self._retried: tuple[Role, str] | None = None  # whose failure, of what cause, the next attempt makes up for
         self._may_be_stale = True  # a stale connection is forgiven once
         self._headers: Headers = [(b"x-request-id", record.request_id.encode("latin-1"))]
 
@@ -63,8 +65,10 @@ class Handoff:
             attempt = Attempt(self._job, self._route(), self._upstreams)
             self._note(attempt)
             attempt.send()
+            self._note_times(attempt)
             try:
                 verdict = await attempt.verdict()
+                self._note_times(attempt)
                 if verdict in (Verdict.RELAY, Verdict.ANSWER_PREFILL):
                     await self._answer(verdict, attempt)
                     return
@@ -85,10 +89,12 @@ class Handoff:
         record, route = self._record, attempt.route
         self._tried.attempts += 1
         record.attempts += 1
-        record.transfer_id = attempt.transfer_id
+        self._stats.stories.begins(record, attempt.transfer_id)
         record.decode = route.decode.address
         record.prefill = route.prefill.address if route.prefill is not None else ""
         record.alone_because = route.alone_because
+        if self._retried is not None:
+            self._stats.retries[self._retried] += 1
 
     def _learn(self, verdict: Verdict, attempt: Attempt) -> None:
         """Draws the conclusion from a failed attempt, before the next."""
@@ -104,6 +110,7 @@ class Handoff:
             culprit.address,
             error,
         )
+        self._retried = (culprit.role, error.cause)
         if isinstance(error, StaleConnectionError) and self._may_be_stale:
             self._may_be_stale = False
             self._tried.attempts -= 1
@@ -136,9 +143,12 @@ class Handoff:
         self._responder.send(leg.state.status, headers, leg.body)
 
     def _note_times(self, attempt: Attempt) -> None:
-        self._record.first_byte_at = attempt.decode.first_data_at
+        record = self._record
+        record.prefill_sent_at = attempt.prefill_sent_at
+        record.decode_sent_at = attempt.decode_sent_at
+        record.first_byte_at = attempt.decode.first_data_at
         if attempt.prefill is not None:
-            self._record.prefill_done_at = attempt.prefill.done_at
+            record.prefill_done_at = attempt.prefill.done_at
 
     def _close_record(self) -> None:
         self._record.status = self._responder.status

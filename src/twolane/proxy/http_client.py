@@ -17,7 +17,7 @@ from twolane.protocol import split_address
 from twolane.proxy.upstream import ResponseHead, UpstreamConnection
 
 _MAX_IDLE_CONNECTIONS = 1024  # an instance
-_MAX_FETCHED_BYTES = 16 * 1024 * 1024
+_MAX_FETCHED_BYTES = 16 * 1024 * 1024  # where the caller names no other bound
 
 
 class Listener(Protocol):
@@ -110,9 +110,11 @@ class HttpClient:
             exchange.connect_with(self._tasks.create_task(self._connect(exchange, request)))
         return exchange
 
-    async def fetch(self, address: str, request: bytes, timeout_s: float) -> tuple[ResponseHead, bytes]:
+    async def fetch(
+        self, address: str, request: bytes, timeout_s: float, max_bytes: int = _MAX_FETCHED_BYTES
+    ) -> tuple[ResponseHead, bytes]:
         """A whole answer of bounded size. Raises UpstreamError."""
-        answer = Whole()
+        answer = Whole(max_bytes)
         exchange = self.send(address, request, answer)
         try:
             async with asyncio.timeout(timeout_s):
@@ -198,7 +200,8 @@ class HttpClient:
 class Whole:
     """A listener that collects a whole answer into `future`."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self.future: asyncio.Future[tuple[ResponseHead, bytes]] = asyncio.get_running_loop().create_future()
         self._head: ResponseHead | None = None
         self._pieces: list[bytes] = []
@@ -209,8 +212,8 @@ class Whole:
 
     def data_received(self, data: bytes, is_last: bool) -> None:  # noqa: ARG002
         self._num_bytes += len(data)
-        if self._num_bytes > _MAX_FETCHED_BYTES:
-            self.failed(UpstreamError(f"an answer exceeds {_MAX_FETCHED_BYTES} bytes"))
+        if self._num_bytes > self._max_bytes:
+            self.failed(UpstreamError(f"an answer exceeds {self._max_bytes} bytes"))
         else:
             self._pieces.append(data)
 

@@ -29,9 +29,11 @@ class Handover(Protocol):
     def request_id(self, transfer_id: str, request_id: str) -> str:
         """`X-Request-Id` of both legs; `request_id` is the client's."""
 
-    def for_prefill(self, body: SplitBody, transfer_id: str, decode: Instance) -> bytes: ...
+    def for_prefill(self, body: SplitBody, transfer_id: str, prefill: Instance, decode: Instance) -> bytes: ...
 
-    def for_decode(self, body: SplitBody, transfer_id: str, prefill: Instance, answer: bytes) -> bytes:
+    def for_decode(
+        self, body: SplitBody, transfer_id: str, prefill: Instance, decode: Instance, answer: bytes
+    ) -> bytes:
         """`answer` is P's, if `reads_prefill`. Raises UpstreamError if it makes no sense."""
 
 
@@ -48,11 +50,22 @@ class TwoLane:
     def request_id(self, _transfer_id: str, request_id: str) -> str:
         return request_id
 
-    def for_prefill(self, body: SplitBody, transfer_id: str, decode: Instance) -> bytes:
-        return body.for_prefill(HandoffParams(transfer_id, decode.control_address, do_remote_decode=True))
+    def for_prefill(self, body: SplitBody, transfer_id: str, prefill: Instance, decode: Instance) -> bytes:
+        story = _tells_us(prefill)
+        params = HandoffParams(transfer_id, decode.control_address, do_remote_decode=True, story=story)
+        return body.for_prefill(params)
 
-    def for_decode(self, body: SplitBody, transfer_id: str, prefill: Instance, _answer: bytes) -> bytes:
-        return body.for_decode(HandoffParams(transfer_id, prefill.control_address, do_remote_prefill=True))
+    def for_decode(
+        self, body: SplitBody, transfer_id: str, prefill: Instance, decode: Instance, _answer: bytes
+    ) -> bytes:
+        story = _tells_us(decode)
+        params = HandoffParams(transfer_id, prefill.control_address, do_remote_prefill=True, story=story)
+        return body.for_decode(params)
+
+
+def _tells_us(instance: Instance) -> bool:
+    """It registers here, so here its stories come. One that a flag named may register at a proxy that would choke."""
+    return bool(instance.epoch)
 
 
 class _NixlAnswer(msgspec.Struct):
@@ -77,11 +90,13 @@ class Nixl:
     def request_id(self, _transfer_id: str, request_id: str) -> str:
         return request_id
 
-    def for_prefill(self, body: SplitBody, _transfer_id: str, _decode: Instance) -> bytes:
+    def for_prefill(self, body: SplitBody, _transfer_id: str, _prefill: Instance, _decode: Instance) -> bytes:
         # The connector keeps P's blocks only if the request ended by its length, so its one token mustn't be an end.
         return body.for_prefill(self._PARAMS, ignore_eos=True)
 
-    def for_decode(self, body: SplitBody, _transfer_id: str, prefill: Instance, answer: bytes) -> bytes:
+    def for_decode(
+        self, body: SplitBody, _transfer_id: str, prefill: Instance, _decode: Instance, answer: bytes
+    ) -> bytes:
         try:
             params = msgspec.json.decode(answer, type=_NixlAnswer).kv_transfer_params
         except msgspec.MsgspecError as error:
@@ -109,10 +124,12 @@ class P2pNccl:
     def request_id(self, transfer_id: str, _request_id: str) -> str:
         return transfer_id
 
-    def for_prefill(self, body: SplitBody, _transfer_id: str, _decode: Instance) -> bytes:
+    def for_prefill(self, body: SplitBody, _transfer_id: str, _prefill: Instance, _decode: Instance) -> bytes:
         return body.for_prefill_of_all() if body.whole_because else body.for_prefill()
 
-    def for_decode(self, body: SplitBody, _transfer_id: str, _prefill: Instance, _answer: bytes) -> bytes:
+    def for_decode(
+        self, body: SplitBody, _transfer_id: str, _prefill: Instance, _decode: Instance, _answer: bytes
+    ) -> bytes:
         return body.for_decode_alone()
 
 

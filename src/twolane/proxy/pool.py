@@ -124,12 +124,18 @@ class Pool:
         self._on_probe_due = on_probe_due
         self._instances: dict[tuple[Role, str], Instance] = {}
         self._ready: dict[Role, Sequence[Instance]] = {"P": (), "D": ()}  # derived; asked for at every request
+        self._members: Sequence[Instance] = ()  # derived
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(self._instances.values())
 
     def __len__(self) -> int:
         return len(self._instances)
+
+    @property
+    def members(self) -> Sequence[Instance]:
+        """All instances. The only thing here that other threads may ask for; what they read may be a moment old."""
+        return self._members
 
     def ready(self, role: Role) -> Sequence[Instance]:
         return self._ready[role]
@@ -142,8 +148,9 @@ class Pool:
                 self._add(registration, now)
             return
         instance.problem = registration.problem
-        instance.name = registration.name or registration.http_address
-        instance.gpus = registration.gpus
+        # Where the launcher speaks for an instance beside its own connector, only one of the two knows these.
+        instance.name = registration.name or instance.name
+        instance.gpus = registration.gpus or instance.gpus
         instance.registered_at = now
         instance.told(registration.load, now)
         instance.control_address = registration.zmq_address
@@ -180,6 +187,7 @@ class Pool:
         """Another process at the same address: what we knew of the old one is void."""
         instance.epoch = registration.epoch
         instance.kind = registration.kind
+        instance.gpus = registration.gpus
         state = State.LEAVING if registration.leaving else State.STARTING
         self._change(instance, state, now, "restarted")
 
@@ -229,6 +237,7 @@ class Pool:
         instance.reason = reason
         ready = [i for i in self._instances.values() if i.role == instance.role and i.state is State.READY]
         self._ready[instance.role] = tuple(ready)
+        self._members = tuple(self._instances.values())
         logger.info(
             'instance role=%s address=%s kind=%s epoch=%s state=%s reason="%s"',
             instance.role,

@@ -17,13 +17,16 @@ from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
 from twolane.proxy.discovery import Discovery
+from twolane.proxy.engines import Engines
 from twolane.proxy.health import Health
 from twolane.proxy.http_client import HttpClient
 from twolane.proxy.http_server import HttpServer
 from twolane.proxy.policy import Router
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import listen
+from twolane.proxy.power import Power
 from twolane.proxy.stats import Stats
+from twolane.proxy.tracing import make_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +40,9 @@ class Service:
         self.discovery_port = settings.discovery_port
 
     async def __aenter__(self) -> Self:
-        """Raises ConfigError if a port is taken."""
+        """Raises ConfigError if a port is taken, or what a setting needs isn't installed."""
         settings = self.settings
+        self._tracer = make_tracer(settings.otlp_endpoint)
         health = Health(settings)
         self.pool = Pool(
             settings.registration_expiry_s, settings.health_every_s, settings.health_ready_every_s, health.wake
@@ -47,6 +51,7 @@ class Service:
         listener = listen(settings.host, settings.http_port)
         self.http_port = listener.getsockname()[1]
         try:
+            self.power = Power(settings, self.pool, lambda i: self.engines.latest(i))  # noqa: PLW0108 - made below
             self._discovery = Discovery(settings, self.pool, stats)
             self._discovery.bind()
         except BaseException:
@@ -57,16 +62,21 @@ class Service:
         await self._tasks.__aenter__()
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
-        self._app = App(upstreams, stats)
+        self.engines = Engines(settings, self.pool, self._client, self._tasks)
+        self._app = App(upstreams, stats, self.engines, self.power, self._tracer)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
         self._server = HttpServer(self._app.handle, settings, self._tasks)
         self._background = [
             self._tasks.create_task(health.run(self.pool, self._client)),
             self._tasks.create_task(self._server.sweep()),
+            self._tasks.create_task(self.engines.run()),
         ]
+        if self._tracer is not None:
+            self._background.append(self._tasks.create_task(self._tracer.run()))
         await self._server.start(listener)
         self._discovery.start()
+        self.power.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
 
@@ -87,8 +97,12 @@ class Service:
         await self._server.close_connections()
         for task in self._background:
             task.cancel()
+        self.engines.close()
+        await self.power.stop()
         await self._tasks.__aexit__(kind, error, trace)
         await self._client.close()
+        if self._tracer is not None:
+            await self._tracer.close()
 
 
 def as_registration(instance: StaticInstance) -> Registration:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from twolane.protocol import Role
+from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
+from twolane.proxy.stories import Stories
+from twolane.proxy.tracing import RequestTrace
 
 logger = logging.getLogger(__name__)
 
 _NUM_RECENT = 100
+LANES: dict[Role, str] = {"P": "prefill", "D": "decode"}
+# How a request may end. `open` is for those that haven't.
+OUTCOMES = (
+    "ok",
+    "rejected",  # the client's fault, by our word or an instance's
+    "too_busy",
+    "no_instance",
+    "upstream_failed",
+    "decode_died",  # in the middle of its answer
+    "client_left",
+    "client_stalled",
+    "cancelled",
+)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RequestRecord:
     """One request's story. Times are monotonic, in s; None if it never came to that."""
 
@@ -32,9 +50,14 @@ class RequestRecord:
     status: int = 0
     outcome: str = "open"
     attempts: int = 0
+    admitted_at: float | None = None  # its turn came
+    prefill_sent_at: float | None = None  # of the last attempt, like all that follows
+    decode_sent_at: float | None = None
     prefill_done_at: float | None = None
     first_byte_at: float | None = None
     ended_at: float | None = None
+    engine_moments: dict[str, float] | None = None  # what the engines told, by the event's name; see stories
+    trace: RequestTrace | None = None  # where spans are wanted
 
     def ms(self, moment: float | None) -> float | None:
         return None if moment is None else round((moment - self.started_at) * 1e3, 2)
@@ -52,6 +75,9 @@ class RequestRecord:
             "outcome": self.outcome,
             "attempts": self.attempts,
             "started_s": self.started_at,  # monotonic, as clients on this machine see it too
+            "admitted_ms": self.ms(self.admitted_at),
+            "prefill_sent_ms": self.ms(self.prefill_sent_at),
+            "decode_sent_ms": self.ms(self.decode_sent_at),
             "prefill_done_ms": self.ms(self.prefill_done_at),
             "first_byte_ms": self.ms(self.first_byte_at),
             "total_ms": self.ms(self.ended_at),
@@ -63,44 +89,51 @@ class Stats:
 
     def __init__(self, started_at: float) -> None:
         self.started_at = started_at
-        self._requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
-        self._alone: Counter[str] = Counter()
-        self._recent: deque[RequestRecord] = deque(maxlen=_NUM_RECENT)
-        self._ttft = Histogram()
-        self._end_to_end = Histogram()
-        self._handoff = Histogram()
+        self.requests: Counter[tuple[str, str]] = Counter()  # by route and outcome
+        self.alone: Counter[str] = Counter()
+        self.retries: Counter[tuple[Role, str]] = Counter()  # attempts after the first, by whose failure and its cause
+        self.ttft = Histogram()
+        self.end_to_end = Histogram()
+        self.handoff = Histogram()
+        self.stories = Stories()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
 
     def ended(self, record: RequestRecord) -> None:
         """The client's part is over. P's last word may still be written into the record."""
-        self._requests[record.route, record.outcome] += 1
+        self.requests[record.route, record.outcome] += 1
         if record.alone_because:
-            self._alone[record.alone_because] += 1
-        self._recent.append(record)
+            self.alone[record.alone_because] += 1
+        self.stories.ended(record)
         if record.outcome == "ok" and record.ended_at is not None:
-            self._end_to_end.add(record.ended_at - record.started_at)
+            self.end_to_end.add(record.ended_at - record.started_at)
             if record.stream and record.first_byte_at is not None:
-                self._ttft.add(record.first_byte_at - record.started_at)
+                self.ttft.add(record.first_byte_at - record.started_at)
                 if record.prefill_done_at is not None:
-                    self._handoff.add(record.first_byte_at - record.prefill_done_at)
+                    self.handoff.add(record.first_byte_at - record.prefill_done_at)
 
     def as_dict(self) -> dict[str, Any]:
-        requests: dict[str, dict[str, int]] = {}
-        for (route, outcome), count in sorted(self._requests.items()):
-            requests.setdefault(route, {})[outcome] = count
         return {
-            "requests": requests,
-            "decode_alone": dict(self._alone),
+            "requests": nested((route, outcome, count) for (route, outcome), count in self.requests.items()),
+            "decode_alone": dict(self.alone),
+            "retries": nested((LANES[role], cause, count) for (role, cause), count in self.retries.items()),
             "latency_ms": {
-                "ttft": self._ttft.as_dict(),  # streams only, as the next two
+                "ttft": self.ttft.as_dict(),  # streams only, as the next two
                 "itl": self.gaps.as_dict(),
-                "handoff": self._handoff.as_dict(),  # end of P's answer to D's first byte
-                "end_to_end": self._end_to_end.as_dict(),
+                "handoff": self.handoff.as_dict(),  # end of P's answer to D's first byte
+                "end_to_end": self.end_to_end.as_dict(),
             },
             "registrations_refused": self.num_registrations_refused,
-            "recent": [record.as_dict() for record in self._recent],
+            "stories": self.stories.as_dict(),
+            "recent": [record.as_dict() for record in self.stories.recent(_NUM_RECENT)],
         }
+
+
+def nested(counts: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
+    by_both: dict[str, dict[str, int]] = {}
+    for first, second, count in sorted(counts):
+        by_both.setdefault(first, {})[second] = count
+    return by_both
 
 
 def log_request(record: RequestRecord) -> None:
@@ -125,7 +158,7 @@ def log_request(record: RequestRecord) -> None:
     )
 
 
-def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
+def instance_dict(instance: Instance, now: float, engine: EngineNumbers | None = None) -> dict[str, Any]:
     return {
         "name": instance.name,
         "role": instance.role,
@@ -145,4 +178,5 @@ def instance_dict(instance: Instance, now: float) -> dict[str, Any]:
         "epoch": instance.epoch,
         "load": None if instance.load is None else msgspec.to_builtins(instance.load),
         "foreign": instance.num_foreign,
+        "engine": None if engine is None else engine.as_dict(now),
     }

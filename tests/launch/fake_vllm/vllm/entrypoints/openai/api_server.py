@@ -15,9 +15,10 @@ from typing import Any
 
 import zmq
 
+from twolane.connector.plan import Ended
 from twolane.connector.settings import read_secret
-from twolane.connector.trace import Event, Trace
-from twolane.protocol import Registration, Role, encode, sign_registration
+from twolane.connector.story import Event, Story
+from twolane.protocol import Registration, Role, encode, sign
 
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
@@ -36,13 +37,13 @@ class Engine:
         self.running: list[object] = []
         self.epoch = uuid.uuid4().hex
         trace_file = (config or {}).get("kv_connector_extra_config", {}).get("trace_file", "")
-        self.trace = Trace(trace_file, "P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0)
+        self.story = Story("P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0, trace_file)
 
     def note_transfer(self, params: dict[str, Any]) -> None:
         """As the connector would, all of it at once."""
         prefill = bool(params.get("do_remote_decode"))
         for event in PREFILL_EVENTS if prefill else DECODE_EVENTS:
-            self.trace.note(params["transfer_id"], event)
+            self.story.note(Ended(params["transfer_id"], 0.0), event)
         if not prefill:
             self.moved += 4
 
@@ -56,7 +57,7 @@ class Engine:
         me = Registration(role, extra["http_address"], address, "twolane", self.epoch)
         secret = read_secret(extra["registration_secret_file"]) if "registration_secret_file" in extra else ""
         while True:
-            socket.send(encode(sign_registration(me, secret, time.time()) if secret else me))
+            socket.send(encode(sign(me, secret, time.time()) if secret else me))
             time.sleep(1)
 
     def usage(self, max_tokens: int) -> dict[str, int]:
