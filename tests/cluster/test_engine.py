@@ -6,16 +6,24 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 from tests.cluster.hosts import Cluster, why_not
 from tests.cluster.test_cluster import rows
-from twolane.config import Transport
+from twolane.launch.values import PARSERS, WrongValueError
 
-BETWEEN_HOSTS = "" if "tcp" in get_args(Transport) else "needs a transport between hosts"
-WHY_NOT = why_not() or BETWEEN_HOSTS
+
+def lacks_transport() -> str:
+    try:
+        PARSERS["transport"]("tcp")
+    except WrongValueError:
+        return "needs a transport between hosts"
+    return ""
+
+
+WHY_NOT = why_not() or lacks_transport()
 pytestmark = [
     *(pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)),
     pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
