@@ -24,7 +24,7 @@ SOURCE = Path(twolane.__file__).parent.parent
 FAKE_VLLM = Path(__file__).parent.parent / "launch" / "fake_vllm"
 NETWORK = "10.78.0"
 RAY_PORT = 6399
-STEP_S = 60.0
+STEP_S = 180.0
 NO_HOME_CALLS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
 
 
@@ -140,7 +140,7 @@ class Cluster:
         words += head if number == 1 else [f"--address={self.address}"]
         host.run(sys.executable, "-m", "ray.scripts.scripts", *words, env=self.env)
 
-    def twolane(self, *words: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def twolane(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.hosts[0].inside(sys.executable, "-m", "twolane.cli", *words),
             cwd=self.folder,

@@ -15,8 +15,8 @@ import pytest
 from tests.cluster.hosts import Cluster, why_not
 from tests.launch.test_process import wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300), pytest.mark.skipif(bool(why_not()), reason=why_not())]
-WAIT_S = 90
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.skipif(bool(why_not()), reason=why_not())]
+WAIT_S = 180
 
 
 @pytest.fixture(scope="module")
