@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "RELIABILITY.md"
 BEGIN, END = "<!-- made by `make mutants` -->\n", "<!-- end of what `make mutants` made -->\n"
 COPIED = ("src", "tests", "pyproject.toml")
 STAGES = (  # the next one runs where nobody noticed
-    ("tests/connector/test_transfer.py", "tests/connector/test_conversation_cases.py"),
+    ("tests/connector/test_transfer.py", "tests/connector/test_conversation_cases.py", "tests/connector/test_tcp.py"),
     ("tests/connector/test_conversation.py",),
 )
 TIMEOUT_S = 300  # a mutant that makes the tests hang is noticed too
@@ -37,7 +37,8 @@ class Mutant:
     new: str
 
 
-P, D, T, SHM = "prefill_side.py", "decode_side.py", "transfer.py", "transport/shm.py"
+P, D, T = "prefill_side.py", "decode_side.py", "transfer.py"
+SLOTS, TCP, INBOX = "transport/slots.py", "transport/tcp.py", "transport/inbox.py"
 MUTANTS = (
     Mutant("fence: D announces before its forward passes are through", D, "if gate.passed.done:", "if gate:"),
     Mutant(
@@ -90,9 +91,26 @@ MUTANTS = (
     ),
     Mutant(
         "slots: lent again while they are written",
-        SHM,
-        "return self.owner is None and (self.ticket is None or self.ticket.done)",
+        SLOTS,
+        "return self.owner is None and not self.is_busy()",
         "return self.owner is None",
+    ),
+    Mutant(
+        "data: D reads a slot before all of its bytes are there", INBOX, " and loan.received == loan.size.total", ""
+    ),
+    Mutant("data: D keeps bytes that nobody wants", D, "peer.channel.discard(push.slot)", "pass"),
+    Mutant(
+        "data: D keeps bytes whose push was lost", INBOX, "if one < number and one not in self._wanted", "if not one"
+    ),
+    Mutant(
+        "data: D takes bytes that nobody wants any more", INBOX, "and head.loan < self._next and", "and not head and"
+    ),
+    Mutant("data: a slot is lent again while it is sent", TCP, "not all(is_sent() for is_sent in sent)", "False"),
+    Mutant(
+        "data: P doesn't tell that the connection is lost",
+        P,
+        'return peer.channel.error if peer.channel is not None else ""',
+        'return ""',
     ),
     Mutant("deadline: P waits for a slot for ever", P, "if peer.lent and now_s", "if not peer and now_s"),
     Mutant("deadline: D waits for a silent P for ever", "peer.py", "now_s - self.last_word_s > timeout_s", "False"),

@@ -126,7 +126,7 @@ def _what(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--setups",
         default="auto",
-        help="comma between them: auto, cuda_ipc, nccl, shm (1P1D with that transport), nixl, p2pnccl (1P1D with "
+        help="comma between them: auto, cuda_ipc, nccl, shm, tcp (1P1D with that transport), nixl, p2pnccl (1P1D with "
         "vLLM's connectors), plain (one instance without a connector), aggregated (two such behind the proxy). "
         "NAME@KEY=VALUE adds to kv_connector_extra_config. What this machine can't do is skipped, with the reason",
     )

@@ -20,7 +20,7 @@ from twolane.launch.kv import check_kv
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, make_plan
 
 Kind = Literal["twolane", "nixl", "p2pnccl", "plain", "aggregated"]
-TRANSPORTS = ("auto", "cuda_ipc", "nccl", "shm")
+TRANSPORTS = ("auto", "cuda_ipc", "nccl", "shm", "tcp")
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(TRANSPORTS, "twolane"),
     "nixl": "nixl",

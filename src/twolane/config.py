@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from twolane.protocol import Kind, Role
+from twolane.protocol import Kind, Role, Transport
 
 HTTP_PORT = 10001
 DISCOVERY_PORT = 30001
@@ -80,7 +80,6 @@ class ProxySettings:
 
 # --- what the launcher runs with --------------------------------------------------------------------------------------
 
-Transport = Literal["auto", "cuda_ipc", "shm", "nccl"]
 Kv = Literal["twolane", "nixl", "p2pnccl"]
 KV_KINDS: tuple[Kv, ...] = ("twolane", "nixl", "p2pnccl")
 GpuGroups = tuple[tuple[int, ...], ...]  # a group an instance: its GPUs, one a tensor-parallel rank

@@ -15,6 +15,7 @@ import msgspec
 
 Role = Literal["P", "D"]
 Kind = Literal["twolane", "nixl", "p2pnccl"]
+Transport = Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"]  # auto: the first of the others that a pair can use
 
 PROTOCOL_VERSION = 3
 REGISTER_EVERY_S = 3.0

@@ -89,7 +89,8 @@ class Prefill:
 
     @property
     def free_slots(self) -> int:
-        return self.agent._side._transports._ways["shm"].free_slots  # type: ignore[attr-defined,no-any-return]
+        ways = self.agent._side._transports._ways.values()  # type: ignore[attr-defined]
+        return int(min(way.free_slots for way in ways))
 
 
 @dataclass
@@ -130,7 +131,7 @@ def start_prefill(
     made = facts(settings, is_prefill=True, port=port, num_blocks=memory.num_blocks, **changes)
     agent = make_prefill_agent(made, kv)
     agent.start()
-    return Prefill(agent, f"127.0.0.1:{port}", kv)
+    return Prefill(agent, made.rank_0_address, kv)
 
 
 def start_decode(settings: ConnectorSettings, *, memory: Memory = DEFAULT_MEMORY, **changes: Any) -> Decode:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
+from twolane.connector.settings import ConnectorSettings
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def settings(request: pytest.FixtureRequest) -> ConnectorSettings:
+    """Over each transport that a CPU has."""
+    return msgspec.structs.replace(SETTINGS, transport=request.param)
 
 
 @pytest.fixture
-def prefill() -> Iterator[Prefill]:
-    made = start_prefill(SETTINGS)
+def prefill(settings: ConnectorSettings) -> Iterator[Prefill]:
+    made = start_prefill(settings)
     yield made
     made.agent.stop()
 
 
 @pytest.fixture
-def decode() -> Iterator[Decode]:
-    made = start_decode(SETTINGS)
+def decode(settings: ConnectorSettings) -> Iterator[Decode]:
+    made = start_decode(settings)
     yield made
     made.agent.stop()

@@ -1,7 +1,8 @@
 """KV memory and transports of the simulated world (sim_world.py). Nothing moves by itself: every movement is an Op that
 the world begins and lands when it likes, as a GPU's streams would.
 
-The staged way is the real one (`transport/shm.py` over shared memory) with a copier that takes its time. The direct way
+The staged ways are the real ones (`transport/shm.py` over shared memory, `transport/tcp.py` over sim_network.py) with a
+copier that takes its time. The direct way
 stands for `cuda_ipc`: a kernel looks at D's permission when it begins, and its bytes land up to GRACE_S later.
 """
 
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 from twolane.connector.layout import KVLayout, Region
 from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf
 from twolane.errors import TransferError
 
@@ -194,8 +196,10 @@ class SimShmReceiveHalf(ShmReceiveHalf):
         super().attach(data, os.getpid())
 
 
-class DirectReceive:
+class DirectReceive(ReceiveWay):
     """hub.ReceiveWay. Who may write is what `permits` holds."""
+
+    name = "direct"
 
     targets: ClassVar[dict[int, DirectReceive]] = {}  # by what an offer says; the world empties it
 
@@ -213,7 +217,7 @@ class DirectReceive:
     def close(self) -> None: ...
 
 
-class DirectReceiveHalf:
+class DirectReceiveHalf(ReceiveHalf):
     name = "direct"
     direct = True
 
@@ -237,7 +241,7 @@ class DirectReceiveHalf:
         self.revoke()
 
 
-class DirectSend:
+class DirectSend(SendWay):
     """hub.SendWay."""
 
     name = "direct"
@@ -255,6 +259,8 @@ class DirectSend:
 
 
 class DirectSendChannel:
+    error = ""
+
     def __init__(self, copier: SimCopier, way: DirectReceive, permit: int) -> None:
         self._copier = copier
         self._way = way

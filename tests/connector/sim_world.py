@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Literal
 
+from tests.connector.sim_network import Network, SimClient
 from tests.connector.sim_transport import (
     BLOCK_SIZE,
     GRACE_S,
+    ITEM_BYTES,
     LAYERS,
     LAYOUT,
     NOTHING,
     NUM_BLOCKS,
+    SLOT_ITEMS,
     Codes,
     DirectReceive,
     DirectSend,
@@ -34,10 +38,14 @@ from twolane.connector.story import Story
 from twolane.connector.transport.base import Ticket
 from twolane.connector.transport.hub import Receivers, Senders, SendWay
 from twolane.connector.transport.shm import ShmSend
+from twolane.connector.transport.tcp import TcpSend
+from twolane.connector.transport.tcp_receive import TcpReceive
 from twolane.protocol import Identity, KVFormat, ToDecode, ToPrefill
 
+Way = Literal["direct", "shm", "tcp"]  # direct: P writes to D's blocks itself
 SETTINGS = ConnectorSettings(lease_s=3.0, peer_timeout_s=2.0, transfer_timeout_s=4.0)
 NUM_SLOTS = 4
+SLOT_BYTES = SLOT_ITEMS * ITEM_BYTES
 TURN_S = 0.1  # how often an agent looks at its deadlines, where nothing goes wrong
 FORMAT = KVFormat(2, "tiny", "bytes", BLOCK_SIZE, 1, LAYOUT.signature())
 
@@ -127,12 +135,16 @@ class Worker:
 class Prefill(Worker):
     """P: side, engine and memory."""
 
-    def __init__(self, world: World, pid: int, address: str, *, direct: bool) -> None:
+    def __init__(self, world: World, pid: int, address: str, way: Way) -> None:
         super().__init__(world, pid)
         self.address = address
-        self.direct = direct
+        self.way = way
         self.shm = ShmSend(LAYOUT, self.copier, slot_bytes=0, num_slots=NUM_SLOTS)
-        ways: list[SendWay] = [DirectSend(self.copier)] if direct else [self.shm]
+        self.tcp = TcpSend(
+            self.copier, world.network.serve, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS, chunk_bytes=ITEM_BYTES
+        )
+        made: dict[Way, SendWay] = {"direct": DirectSend(self.copier), "shm": self.shm, "tcp": self.tcp}
+        ways = [made[way]]
         self.side = PrefillSide(
             SETTINGS, self.identity, FORMAT, LAYERS, Senders(self.copier, ways), self, Story("P", 0)
         )
@@ -221,7 +233,7 @@ class Prefill(Worker):
     def check_nothing_left(self) -> None:
         assert not self.held, f"never given back: {self.held}"
         assert sorted(self.free) == list(range(NUM_BLOCKS))
-        assert self.shm.free_slots == NUM_SLOTS, "a slot stays lent"
+        assert self.shm.free_slots == self.tcp.free_slots == NUM_SLOTS, "a slot stays lent"
         side = self.side
         assert side.is_idle
         assert not side._farewells
@@ -235,7 +247,9 @@ class Decode(Worker):
     def __init__(self, world: World, pid: int) -> None:
         super().__init__(world, pid)
         self.direct = DirectReceive(self.memory)
-        receivers = Receivers(self.copier, [self.direct, SimShmReceive(LAYOUT, self.copier)])
+        self.client = SimClient(world.network)
+        self.tcp = TcpReceive(LAYOUT, self.copier, self.client, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
+        receivers = Receivers(self.copier, [self.direct, SimShmReceive(LAYOUT, self.copier), self.tcp])
         self.side = DecodeSide(SETTINGS, self.identity, FORMAT, LAYERS, 0, receivers, self, Story("D", 0))
         self.sockets: dict[str, Wire] = {}
         self.blocks: dict[str, list[int]] = {}  # of every request
@@ -357,20 +371,21 @@ class Decode(Worker):
 class World:
     """All workers, the wires between them, and the time."""
 
-    def __init__(self, direct: list[bool], num_decodes: int) -> None:
-        """A P for each of `direct`: whether it writes to D's blocks itself."""
+    def __init__(self, ways: list[Way], num_decodes: int) -> None:
+        """A P for each of `ways`, which it sends by."""
         self.now_s = 1000.0
         self.codes = Codes()
+        self.network = Network()
         self.workers: dict[int, Worker] = {}
         self.wires: dict[str, Wire] = {}
         self._numbers = count(1)
-        self.prefills = [self._add_prefill(f"p:{number}", is_direct) for number, is_direct in enumerate(direct, 1)]
+        self.prefills = [self._add_prefill(f"p:{number}", way) for number, way in enumerate(ways, 1)]
         self.decodes: list[Decode] = []
         for _ in range(num_decodes):
             self.add_decode()
 
-    def _add_prefill(self, address: str, direct: bool) -> Prefill:
-        made = Prefill(self, next(self._numbers), address, direct=direct)
+    def _add_prefill(self, address: str, way: Way) -> Prefill:
+        made = Prefill(self, next(self._numbers), address, way)
         self.workers[made.pid] = made
         return made
 
@@ -415,14 +430,16 @@ class World:
         if isinstance(worker, Prefill):
             worker.copier.ops = [op for op in worker.copier.ops if not op.touches.start]
             worker.shm.close()
+            worker.tcp.close()
         elif isinstance(worker, Decode):
             del DirectReceive.targets[id(worker.direct)]
             worker.copier.ops.clear()
+            worker.client.close()
 
     def restart(self, worker: Worker) -> None:
         """A new process in the place of a dead one."""
         if isinstance(worker, Prefill):
-            self.prefills[self.prefills.index(worker)] = self._add_prefill(worker.address, worker.direct)
+            self.prefills[self.prefills.index(worker)] = self._add_prefill(worker.address, worker.way)
         elif isinstance(worker, Decode):
             self.decodes.remove(worker)
             self.add_decode()
@@ -456,6 +473,7 @@ class World:
             for op in list(worker.copier.ops):
                 op.advance(self.now_s)
                 op.advance(self.now_s)
+        self.network.move_all()
 
     def deliver_all(self) -> None:
         for wire in list(self.wires.values()):

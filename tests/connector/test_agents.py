@@ -17,6 +17,8 @@ import zmq
 from tests.connector import agents
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
 from twolane.connector.plan import Drop, StepPlan
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.transport import shm
 from twolane.protocol import Cancel, Credit, Pong, encode, split_address
 
 
@@ -205,6 +207,7 @@ def test_a_prompt_that_differs_is_refused(prefill: Prefill, decode: Decode) -> N
 )
 def test_kv_that_does_not_match_is_refused_and_named_once(
     prefill: Prefill,
+    settings: ConnectorSettings,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -212,7 +215,7 @@ def test_kv_that_does_not_match_is_refused_and_named_once(
 ) -> None:
     """Once on each side, however many requests come; and P's blocks don't wait for their lease."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    decode = start_decode(SETTINGS, **changes)
+    decode = start_decode(settings, **changes)
     try:
         for turn in range(3):
             prefill.offer(f"t{turn}")
@@ -231,13 +234,13 @@ def test_kv_that_does_not_match_is_refused_and_named_once(
         decode.agent.stop()
 
 
-def test_a_p_that_comes_back_with_the_right_kv_is_used(decode: Decode) -> None:
+def test_a_p_that_comes_back_with_the_right_kv_is_used(decode: Decode, settings: ConnectorSettings) -> None:
     """At the same address, where KV did not match before."""
-    wrong = start_prefill(SETTINGS, model="other")
+    wrong = start_prefill(settings, model="other")
     decode.receive(wrong.address, [20], num_tokens=4)
     assert decode.wait_finished() == {20}
     wrong.agent.stop()
-    right = start_prefill(SETTINGS, port=split_address(wrong.address)[1])
+    right = start_prefill(settings, port=split_address(wrong.address)[1])
     try:
         decode.receive(right.address, [20], num_tokens=4, transfer_id="u")  # D's Hello was for the other P
         assert decode.wait_finished() == {20}
@@ -261,17 +264,37 @@ def test_a_transfer_id_used_twice_disturbs_nobody(prefill: Prefill, decode: Deco
         prefill.wait_freed(req_id)
 
 
-def _prefill_process(pipe: Connection) -> None:
-    prefill = start_prefill(SETTINGS)
+def test_a_transport_that_d_cannot_attach_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's P: its shared memory can't be opened. The next request goes over `tcp`."""
+
+    def refuse(path: str, size_bytes: int) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(shm, "_map_file", refuse)
+    prefill, decode = start_prefill(SETTINGS), start_decode(SETTINGS)
+    try:
+        for number, invalid in enumerate(({20}, set())):
+            prefill.offer(f"t{number}", f"p{number}")
+            decode.receive(prefill.address, [20], num_tokens=4, transfer_id=f"t{number}")
+            prefill.compute([3], 5, f"p{number}")
+            assert decode.wait_finished(timeout_s=30) == invalid
+        assert_equal_blocks(prefill, decode, [(3, 20)])
+    finally:
+        prefill.agent.stop()
+        decode.agent.stop()
+
+
+def _prefill_process(settings: ConnectorSettings, pipe: Connection) -> None:
+    prefill = start_prefill(settings)
     prefill.offer()
     prefill.compute([3], 4)
     pipe.send((os.getpid(), prefill.address))
     pipe.recv()
 
 
-def test_p_killed_in_mid_transfer_ends_the_wait_at_once(decode: Decode) -> None:
+def test_p_killed_in_mid_transfer_ends_the_wait_at_once(decode: Decode, settings: ConnectorSettings) -> None:
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_prefill_process, args=(theirs,))
+    child = multiprocessing.get_context("spawn").Process(target=_prefill_process, args=(settings, theirs))
     child.start()
     try:
         pid, address = ours.recv()
@@ -284,26 +307,28 @@ def test_p_killed_in_mid_transfer_ends_the_wait_at_once(decode: Decode) -> None:
         child.join()
 
 
-def _decode_process(address: str, pipe: Connection) -> None:
-    decode = start_decode(SETTINGS)
+def _decode_process(settings: ConnectorSettings, address: str, pipe: Connection) -> None:
+    decode = start_decode(settings)
     decode.receive(address, [20, 21], num_tokens=8)
     agents.wait_for(lambda: bool(decode.kv["layer.2"][20].any()))
     pipe.send(os.getpid())
     pipe.recv()
 
 
-def test_d_killed_in_mid_transfer_frees_ps_blocks_at_once(prefill: Prefill) -> None:
+def test_d_killed_in_mid_transfer_frees_ps_blocks_at_once(prefill: Prefill, settings: ConnectorSettings) -> None:
     prefill.offer()
     prefill.compute([3], 4)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_decode_process, args=(prefill.address, theirs))
+    child = multiprocessing.get_context("spawn").Process(
+        target=_decode_process, args=(settings, prefill.address, theirs)
+    )
     child.start()
     try:
         pid = ours.recv()
         os.kill(pid, signal.SIGKILL)
         prefill.finish()
         prefill.wait_freed(timeout_s=0.5)
-        assert prefill.free_slots == SETTINGS.num_slots
+        agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
     finally:
         child.kill()
         child.join()

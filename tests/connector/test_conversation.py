@@ -14,11 +14,22 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from tests.connector.sim_world import D_ENDS_WITHIN_S, P_ENDS_WITHIN_S, TURN_S, Decode, Handoff, Prefill, Wire, World
+from tests.connector.sim_world import (
+    D_ENDS_WITHIN_S,
+    P_ENDS_WITHIN_S,
+    TURN_S,
+    Decode,
+    Handoff,
+    Prefill,
+    Way,
+    Wire,
+    World,
+)
 
 logger = logging.getLogger("vllm.twolane")
 PROFILE = os.environ.get("TWOLANE_CONVERSATION", "")
 IS_LONG = PROFILE == "long"
+WAYS: list[Way] = ["direct", "shm", "tcp"]
 INDEX = st.integers(0, 7)
 CHANCE = st.sampled_from([True, False, False])  # of what would otherwise end most of what goes on
 
@@ -33,10 +44,10 @@ class Conversation(RuleBasedStateMachine):
         self.for_d: list[Handoff] = []
 
     @initialize(
-        direct=st.lists(st.booleans(), min_size=1, max_size=2), num_decodes=st.integers(1, 2), heals=st.booleans()
+        ways=st.lists(st.sampled_from(WAYS), min_size=1, max_size=2), num_decodes=st.integers(1, 2), heals=st.booleans()
     )
-    def begin(self, direct: list[bool], num_decodes: int, heals: bool) -> None:
-        self.world = World(direct, num_decodes)
+    def begin(self, ways: list[Way], num_decodes: int, heals: bool) -> None:
+        self.world = World(ways, num_decodes)
         self.heals = heals
 
     # -- whom a rule is about
@@ -129,6 +140,8 @@ class Conversation(RuleBasedStateMachine):
                         "to d",
                         "to d",
                         "bytes",
+                        "data",
+                        "data",
                     ]
                 ),
                 INDEX,
@@ -161,6 +174,8 @@ class Conversation(RuleBasedStateMachine):
             case "bytes" if workers := [one for one in self.world.workers.values() if one.copier.ops]:
                 ops = workers[which % len(workers)].copier.ops
                 ops[detail % len(ops)].advance(self.world.now_s)
+            case "data" if pipes := [pipe for pipe in self.world.network.pipes if pipe.can_move]:
+                pipes[which % len(pipes)].move()
 
     @rule(rounds=st.integers(1, 8))
     def all_goes_well(self, rounds: int) -> None:
@@ -183,6 +198,12 @@ class Conversation(RuleBasedStateMachine):
                 queue.pop(index % len(queue))
             elif queue:
                 queue.append(queue[index % len(queue)])
+
+    @rule(chance=CHANCE, pipe=INDEX)
+    def data_connection_is_cut(self, chance: bool, pipe: int) -> None:
+        pipes = self.world.network.pipes
+        if chance and pipes:
+            pipes[pipe % len(pipes)].cut()
 
     # -- life and death
 

@@ -14,7 +14,7 @@ from twolane.protocol import Ping
 @pytest.fixture
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """One P, which writes to D's blocks itself if the parameter says so, and one D."""
-    made = World([getattr(request, "param", False)], 1)
+    made = World([getattr(request, "param", "shm")], 1)
     yield made
     made.close()
 
@@ -38,6 +38,13 @@ def push(world: World) -> None:
         op.advance(world.now_s)
         op.advance(world.now_s)
     prefill.turn()
+
+
+def announce(world: World) -> None:
+    """D's passes in flight are through, so that its Announce is on its way; P hears it."""
+    world.move_all()
+    world.decodes[0].turn()
+    world.deliver_all()
 
 
 def deliver(world: World, kind: type, *, to_p: bool) -> None:
@@ -108,7 +115,7 @@ def test_a_slot_that_is_still_being_written_is_not_lent_again(world: World) -> N
     assert prefill.shm.free_slots == 4
 
 
-@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 def test_an_announce_that_comes_behind_a_ping_is_not_served(world: World) -> None:
     """P has told D that it knows nothing of the transfer, and D has given its blocks to others."""
     name = start(world)
@@ -157,7 +164,7 @@ def test_a_d_that_connects_anew_leaves_nothing_of_its_old_connection_on_p(world:
     assert prefill.shm.free_slots == 4
 
 
-@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
     name = start(world)
     world.deliver_all()
@@ -171,7 +178,7 @@ def test_d_keeps_blocks_that_p_may_still_write_to(world: World) -> None:
         world.deliver_all()
         prefill.turn()
     assert f"d-{name}" in decode.waiting
-    world.calm(5)
+    world.calm(10)
     assert f"d-{name}" not in decode.waiting
     decode.check_nothing_left()
 
@@ -188,7 +195,7 @@ def test_what_was_computed_before_a_preemption_is_not_sent_after_it(world: World
     assert decode.side.take_counters().kv_received_transfers == 1
 
 
-@pytest.mark.parametrize("world", [True], indirect=True)
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: World, has_begun: bool) -> None:
     """Its copy begins after D has revoked the permission, or ends after that."""
@@ -211,3 +218,91 @@ def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: Wo
     decode.drop(f"d-{name}")
     world.move_all()
     decode.check_nothing_left()
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+@pytest.mark.parametrize("bytes_first", [True, False])
+def test_bytes_that_nobody_wants_leave_room_for_those_that_are_wanted(world: World, bytes_first: bool) -> None:
+    """More transfers than D has slots are dropped when their bytes are on the way, and never a connection is lost."""
+    decode = world.decodes[0]
+    start(world, 1)
+    world.calm(10)
+    (pipe,) = world.network.pipes
+    for _ in range(6):
+        name = start(world, 1)
+        announce(world)
+        push(world)
+        if bytes_first:
+            world.network.move_all()
+        decode.drop(f"d-{name}")
+        decode.step()
+        decode.turn()
+        world.deliver_all()
+        world.calm(3)
+    last = start(world, 1)
+    world.calm(10)
+    assert f"d-{last}" not in decode.waiting
+    assert world.network.pipes == [pipe]
+    assert not pipe.is_cut
+    assert decode.side.take_counters().kv_received_transfers == 2
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+def test_bytes_whose_pushes_are_lost_make_room_for_later_ones(world: World) -> None:
+    start(world, 1)
+    world.calm(10)
+    (pipe,) = world.network.pipes
+    start(world, 1)
+    announce(world)
+    push(world)
+    world.network.move_all()
+    wire = next(iter(world.wires.values()))
+    wire.to_d.clear()
+    for _ in range(2):
+        start(world, 1)
+        last = start(world, 1)  # two at once, which take all of D's slots
+        announce(world)
+        push(world)
+        world.network.move_all()
+        world.deliver_all()
+        world.decodes[0].turn()
+        world.move_all()
+        world.decodes[0].turn()
+        world.deliver_all()
+    assert not pipe.is_cut
+    world.calm(10)
+    assert f"d-{last}" not in world.decodes[0].waiting
+    assert not pipe.is_cut
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+def test_a_lost_data_connection_is_made_again_while_messages_still_come_through(world: World) -> None:
+    start(world, 1)
+    world.calm(10)
+    world.network.pipes[0].cut()
+    start(world, 1)
+    world.calm(30)
+    start(world, 1)
+    world.calm(10)
+    assert not world.decodes[0].waiting
+    assert world.decodes[0].side.take_counters().kv_received_transfers >= 2
+
+
+@pytest.mark.parametrize("world", ["tcp"], indirect=True)
+def test_a_slot_that_a_socket_still_reads_is_not_lent_again(world: World) -> None:
+    """P gives a D up that hangs; its bytes are still on their way."""
+    start(world, 1)
+    world.calm(10)
+    start(world, 1)
+    announce(world)
+    push(world)
+    (pipe,) = world.network.pipes
+    assert pipe.on_the_way
+    world.decodes[0].is_hung = True
+    world.pass_time(SETTINGS.peer_timeout_s + 0.1)
+    prefill = world.prefills[0]
+    prefill.turn()
+    assert not prefill.side._peers
+    assert prefill.tcp.free_slots == 3
+    world.network.move_all()
+    assert prefill.tcp.free_slots == 4

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.connector.agents import wait_for
 from tests.contract.target import NUM_BLOCKS, Memory, TargetProcess, footprint, no_wake
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
@@ -90,14 +91,14 @@ def ways() -> list[object]:
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
     on_gpu = [
         pytest.param(("cuda:0", transport), marks=[pytest.mark.gpu, gpu], id=f"gpu-{transport}")
-        for transport in ("shm", "cuda_ipc")
+        for transport in ("shm", "cuda_ipc", "tcp")
     ]
     two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
     on_gpu += [
         pytest.param(("cuda:0", transport, "cuda:1"), marks=[pytest.mark.gpu, two], id=f"two-gpus-{transport}")
-        for transport in ("shm", "cuda_ipc", "nccl")
+        for transport in ("shm", "cuda_ipc", "nccl", "tcp")
     ]
-    return [pytest.param(("cpu", "shm"), id="cpu-shm"), *on_gpu]
+    return [*(pytest.param(("cpu", transport), id=f"cpu-{transport}") for transport in ("shm", "tcp")), *on_gpu]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,7 @@ def test_what_was_pushed_is_what_was_there_when_it_was_pushed(pair: Pair) -> Non
     link = pair.connect()
     expected = {name: block_of(tensor, 4).cpu().clone() for name, tensor in pair.source.items()}
     wanted = select_items([4], 0, pair.memory.layers, pair.memory.layers)
+    assert pair.room(link, 0) >= wanted.count
     ticket = link.channel.push(wanted, wanted, pair.senders.fence())
     pair.senders.quiesce()  # what follows on the compute stream runs behind the push
     for tensor in pair.source.values():
@@ -204,6 +206,8 @@ def test_a_slot_has_one_owner_until_it_is_given_back(pair: Pair) -> None:
 @pytest.mark.parametrize("slot", [-1, 4, 1 << 40])
 def test_a_slot_that_is_none_is_an_error(pair: Pair, slot: int) -> None:
     link = pair.connect()
+    if pair.memory.transport == "tcp" and slot >= 0:
+        pytest.skip("its bytes may still come")
     with pytest.raises(TransferError, match=r"isn't lent|has no slots|outside the staging"):
         pair.target.read(link.number, slot, select_items([0], 0, 1, pair.memory.layers))
 
@@ -219,8 +223,7 @@ def test_200_reconnects_leave_nothing_behind(pair: Pair) -> None:
     reconnect(3)
     here, there = footprint(), pair.target.footprint()
     reconnect(200)
-    assert footprint() == here
-    assert pair.target.footprint() == there
+    wait_for(lambda: footprint() == here and pair.target.footprint() == there)  # sockets close in their own time
 
 
 def test_shared_memory_has_no_name(pair: Pair) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import twolane
-from tests.engine.test_commands import PORTS
+from tests.engine.place import PORTS
 from tests.launch.fakes import spaced_ports
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

@@ -81,6 +81,13 @@ class PrefillPeer:
         self._sent_bytes += more
         return self._sent_bytes
 
+    def free_slots(self) -> int:
+        return self._prefill.free_slots
+
+    def channels(self) -> list[str]:
+        """By which transport each D is reached."""
+        return [type(peer.channel).__name__ for peer in self._prefill.agent._side._peers.values()]
+
     def check(self) -> None:
         """Raises if the agent died or the GPU's context is lost."""
         self._prefill.agent.check()

@@ -62,12 +62,16 @@ def ways() -> list[object]:
     first, second = memory_on("cuda:0"), memory_on("cuda:1")
     made: list[object] = [
         pytest.param(Way("shm", first, first, num_kills=20), marks=gpu, id="gpu-shm"),
+        pytest.param(Way("tcp", first, first, num_kills=20), marks=gpu, id="gpu-tcp"),
         pytest.param(Way("cuda_ipc", first, first, num_kills=50), marks=gpu, id="gpu-cuda_ipc"),
         pytest.param(Way("cuda_ipc", first, second, num_kills=10), marks=two, id="two-gpus-cuda_ipc"),
         pytest.param(Way("nccl", first, second, num_kills=10), marks=two, id="two-gpus-nccl"),
     ]
     if ON_CPU:
-        made.append(pytest.param(Way("shm", memory_on("cpu"), memory_on("cpu"), num_kills=4, wave=2), id="cpu-shm"))
+        made += [
+            pytest.param(Way(name, memory_on("cpu"), memory_on("cpu"), num_kills=4, wave=2), id=f"cpu-{name}")
+            for name in ("shm", "tcp")
+        ]
     return made
 
 

@@ -247,6 +247,23 @@ def test_up_stays_in_the_foreground_until_ctrl_c(place: Place) -> None:
     wait_for(place.nothing_listens)
 
 
+def test_down_ends_what_stays_in_the_foreground_as_a_service_manager_wants_it(place: Place) -> None:
+    terminal = place.terminal("up", "--foreground")
+    terminal.expect("Ctrl\\+C stops everything")
+    assert "decode: stopped" in place.run("down").stdout
+    ends_with(terminal, 0)
+    assert place.nothing_listens()
+
+
+def test_sigterm_ends_all_in_order_as_a_container_wants_it(place: Place) -> None:
+    terminal = place.terminal("up", "--foreground")
+    terminal.expect("Ctrl\\+C stops everything")
+    terminal.kill(signal.SIGTERM)
+    terminal.expect("decode: stopped")
+    ends_with(terminal, 0)
+    assert place.nothing_listens()
+
+
 def test_ctrl_c_while_it_starts_leaves_nothing(place: Place) -> None:
     terminal = place.terminal("up", "--prefill-args", "--seed 99")  # it never registers
     terminal.expect("starting 3 services")

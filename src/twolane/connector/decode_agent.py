@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from twolane.connector import sockets
 from twolane.connector.agent import Agent
 from twolane.connector.decode_side import DecodeSide, Finished
 from twolane.connector.plan import StepPlan
@@ -80,13 +81,9 @@ class DecodeAgent(Agent):
     # -- Links, under the lock, agent thread
 
     def connect(self, address: str) -> None:
-        socket = self.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)  # bounded by open transfers and by P's slots
         try:
-            socket.connect(f"tcp://{address}")
+            socket = sockets.connect(self.context, address)
         except zmq.ZMQError as error:
-            socket.close()
             raise TransferError(f"can't connect to {address}: {error.strerror}") from error
         self._sockets[address] = socket
         self.poller.register(socket, zmq.POLLIN)

@@ -17,7 +17,7 @@ from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
 from twolane.connector.transfer import Incoming, IncomingState, ItemRange
-from twolane.connector.transport.base import ReceiveTransports, Ticket
+from twolane.connector.transport.base import ReceiveTransports, Ticket, select_items
 from twolane.errors import TransferError
 from twolane.protocol import (
     Abort,
@@ -85,7 +85,8 @@ class Read:
 
 
 class DecodeSide:
-    """Mutable state: open transfers, what is over but not reported, peers, gates, reads, peers being revoked."""
+    """Mutable state: open transfers, what is over but not reported, peers, gates, reads, peers being revoked, and which
+    transports don't work with some P."""
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class DecodeSide:
         self._gates: list[Gate] = []
         self._reads: list[Read] = []
         self._revoked: list[Peer] = []
+        self._unusable: dict[str, set[str]] = {}  # address -> transports that P chose and D can't attach
         self._landed: list[Incoming] = []  # not reported yet
         self._stepping: list[Incoming] = []  # reported, not computed with yet
 
@@ -131,6 +133,7 @@ class DecodeSide:
             self._receive(receive, gate, now_s)
 
     def take_counters(self) -> Counters:
+        self._counters.kv_refused_frames += self._transports.take_refused()
         taken, self._counters = self._counters, Counters()
         return taken
 
@@ -237,7 +240,7 @@ class DecodeSide:
             except TransferError as error:
                 logger.error("no way to prefill instance: %s", error)
                 return None
-            channel = self._transports.open()
+            channel = self._transports.open(without=self._unusable.get(address, ()))
             self._peers[address] = Peer(address, channel, now_s, now_s)
             self._say(address, Hello(self._me, self._format, channel.offers))
         return self._peers[address]
@@ -266,6 +269,7 @@ class DecodeSide:
                 peer.channel.close()
 
     def on_peer_death(self, address: str, now_s: float) -> None:
+        self._unusable.pop(address, None)  # the next one there may be another
         self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)
 
     def _say(self, address: str, message: ToPrefill) -> None:
@@ -304,7 +308,8 @@ class DecodeSide:
         except ProcessLookupError:
             self._drop_peer(peer.address, Cause.PEER_DIED, f"prefill instance {peer.address} died", now_s)
         except TransferError as error:
-            logger.error("no transport to prefill instance %s: %s", peer.address, error)
+            logger.error("no %s to prefill instance %s: %s", welcome.transport.name, peer.address, error)
+            self._unusable.setdefault(peer.address, set()).add(welcome.transport.name)
             for transfer_id in peer.transfers:
                 self._say(peer.address, Cancel(transfer_id, str(error)))
             self._drop_peer(peer.address, Cause.UNREACHABLE, str(error), now_s)
@@ -349,6 +354,8 @@ class DecodeSide:
     def _begin_read(peer: Peer, incoming: Incoming | None, push: Push) -> Read:
         items = ItemRange(push.first_item, push.num_items)
         if incoming is None:
+            if push.slot is not None:
+                peer.channel.discard(push.slot)
             return Read(None, peer, items, Ticket(0, slot=push.slot, done=True), push.computed_at_s)
         targets = incoming.targets(items)
         ticket = Ticket(0, done=True) if push.slot is None else peer.channel.read(push.slot, targets)
@@ -415,10 +422,7 @@ class DecodeSide:
             self._counters.kv_computed_to_landed_seconds.append(now_s - read.computed_at_s)
 
     def _size_bytes(self, read: Read) -> int:
-        whole, rest = divmod(read.items.count, self._items_per_block)
-        first = read.items.first % self._items_per_block
-        some = (self._layer_bytes[(first + item) % self._items_per_block] for item in range(rest))
-        return whole * sum(self._layer_bytes) + sum(some)
+        return select_items([], read.items.first, read.items.count, self._items_per_block).size_bytes(self._layer_bytes)
 
     def tick(self, now_s: float) -> None:
         """Deadlines, and words to those who are silent."""

@@ -7,9 +7,12 @@ from pathlib import Path
 
 
 def host_identity() -> str:
-    """The same for two processes only if a pid of one means the same process to the other."""
+    """The same for two processes only if they share the machine and no container's border lies between them: a pid of
+    one means the same process to the other (pid), who may look into its memory (user), CUDA's handles too (ipc); and
+    what one calls its address is its own (net)."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{Path('/proc/self/ns/pid').readlink()}"
+    namespaces = [str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("pid", "user", "ipc", "net")]
+    return ":".join([boot, *namespaces])
 
 
 def open_pidfd(pid: int, host: str) -> int | None:

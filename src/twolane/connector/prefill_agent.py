@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from twolane.connector import sockets
 from twolane.connector.agent import Agent
 from twolane.connector.plan import Advance, StepPlan
 from twolane.connector.prefill_side import PrefillSide
@@ -35,10 +36,7 @@ class PrefillAgent(Agent):
         self._outbox: list[tuple[bytes, ToDecode]] = []
         self._loses_tenth = loses_tenth
         self._num_sent = 0
-        self._socket = self.context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(f"tcp://{bind_address}")
+        self._socket = sockets.listen(self.context, bind_address)
         self.poller.register(self._socket, zmq.POLLIN)
         self._side = make_side(self)
 

@@ -149,6 +149,7 @@ class PrefillSide:
         self._counters.kv_dropped_messages += 1
 
     def take_counters(self) -> Counters:
+        self._counters.kv_refused_frames += self._transports.take_refused()
         taken, self._counters = self._counters, Counters()
         return taken
 
@@ -308,10 +309,15 @@ class PrefillSide:
                 self._counters.kv_leases_expired += 1
                 self._give_up(outgoing, Cause.LEASE_EXPIRED, f"lease of {self._settings.lease_s:g} s ran out")
         for address, peer in list(self._peers.items()):
-            if peer.lent and now_s - min(peer.lent.values()) > self._settings.peer_timeout_s:
-                reason = f"a slot was not given back for {self._settings.peer_timeout_s:g} s: connect anew"
-                self._links.send(address, Refused(reason))
+            if reason := self._why_unusable(peer, now_s):
+                self._links.send(address, Refused(f"{reason}: connect anew"))
                 self._drop_peer(address, Cause.PROTOCOL, reason)
+
+    def _why_unusable(self, peer: DecodePeer, now_s: float) -> str:
+        """Nothing can be sent to it, until it has connected anew."""
+        if peer.lent and now_s - min(peer.lent.values()) > self._settings.peer_timeout_s:
+            return f"a slot was not given back for {self._settings.peer_timeout_s:g} s"
+        return peer.channel.error if peer.channel is not None else ""
 
     def push_next(self, now_s: float) -> bool:
         """Begins one push, of the transfer that waited longest: a long prompt doesn't hold up a short one. False when

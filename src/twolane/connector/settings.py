@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from twolane.errors import ConfigError
+from twolane.protocol import Transport
 
 
 class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,8 +22,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `lease_s`: how long P keeps the blocks of a finished request without a word from D.
     `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.
     `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
-    `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc`, `shm`, `nccl`.
-    `slot_bytes`, `num_slots`: P's staging arena (transport `shm`): what it may hold at once; 0: what suits the device.
+    `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc` or `shm` on one host, `nccl` or
+    `tcp` between two.
+    `slot_bytes`, `num_slots`: P's staging memory, and D's for `tcp`: what it may hold; 0: what suits the device.
     `trace_file`: for benchmarks; see story.Story.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
     `drop_tenth` makes P lose every tenth message to D.
@@ -36,7 +38,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     lease_s: float = 30.0
     peer_timeout_s: float = 20.0
     transfer_timeout_s: float = 300.0
-    transport: Literal["auto", "cuda_ipc", "shm", "nccl"] = "auto"
+    transport: Transport = "auto"
     slot_bytes: int = 0
     num_slots: int = 8
     trace_file: str = ""

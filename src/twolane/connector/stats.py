@@ -41,6 +41,7 @@ class Counters:
     kv_receive_failures: dict[str, int] = field(default_factory=dict)
     kv_recomputed_tokens: int = 0
     kv_refused_peers: int = 0
+    kv_refused_frames: int = 0
     kv_computed_to_sent_seconds: list[float] = field(default_factory=list)
     kv_computed_to_landed_seconds: list[float] = field(default_factory=list)
     kv_first_block_seconds: list[float] = field(default_factory=list)
@@ -69,6 +70,7 @@ HELP = {
     "kv_receive_failures": "Transfers that this decode instance didn't receive to the end, by cause.",
     "kv_recomputed_tokens": "Prompt tokens this decode instance computed because a transfer failed.",
     "kv_refused_peers": "Connections to the other side on which no KV can move, since the KV caches don't match.",
+    "kv_refused_frames": "Data frames (transport tcp) that were nobody's, or not what was due; thrown away.",
     "kv_computed_to_sent_seconds": "From P's last layer to the last byte read out of P's blocks.",
     "kv_computed_to_landed_seconds": "From P's last layer to the last byte in D's blocks; P and D on one host only.",
     "kv_first_block_seconds": "From D's announce to the first bytes in D's blocks.",

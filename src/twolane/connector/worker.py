@@ -86,7 +86,7 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
             me,
             facts.kv_format(layout),
             layout.items_per_block,
-            senders_for(layout, facts.settings, agent.wake),
+            senders_for(layout, facts.settings, agent.wake, agent.poller),
             agent,
             _story(facts, registrar),
         )
@@ -113,7 +113,7 @@ def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAg
             facts.kv_format(layout),
             layout.items_per_block,
             facts.rank,
-            receivers_for(layout, facts.settings, agent.wake),
+            receivers_for(layout, facts.settings, agent.wake, agent.poller),
             agent,
             _story(facts, registrar),
         )

@@ -22,6 +22,7 @@ from twolane.launch.model import resolve_model
 from twolane.launch.phases import DRAINING, GIVEN_UP, READY
 from twolane.launch.plan import ALONE_ONLY, Machine, Plan, load_plan, make_plan, on_cluster
 from twolane.launch.ports import check_ports
+from twolane.launch.process import signals_interrupt
 from twolane.launch.progress import Progress, ServicesView
 from twolane.launch.scale import index_of, scaled
 from twolane.launch.state import State
@@ -209,7 +210,8 @@ def stay(settings: Settings, console: Console) -> None:
     files = control.Files(settings)
     console.print("\nCtrl+C stops everything")
     try:
-        logs.follow(logs.files_of(settings), sys.stdout.write, lambda: control.running(files) is not None)
+        with signals_interrupt():  # what ends a service or a container
+            logs.follow(logs.files_of(settings), sys.stdout.write, lambda: control.running(files) is not None)
     except KeyboardInterrupt:
         console.print()
     down(settings, console)

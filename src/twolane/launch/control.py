@@ -75,6 +75,16 @@ def start_supervisor(plan: Plan, files: Files) -> None:
         pid = _spawn_detached(files, log.write_end)
     finally:
         log.close()
+    try:
+        _await_first_word(files, pid)
+    except KeyboardInterrupt:  # nothing tells yet that it is there, so nobody else would end it
+        if me := identify(pid):
+            os.kill(pid, signal.SIGTERM)
+            wait_all([me], SUPERVISOR_STOP_S)
+        raise
+
+
+def _await_first_word(files: Files, pid: int) -> None:
     deadline_s = time.monotonic() + SUPERVISOR_START_S
     while running(files) is None:
         if identify(pid) is None or time.monotonic() > deadline_s:

@@ -26,7 +26,7 @@ HELP = {
     "timeout_seconds": "how long a start may take",
     "host": "address at which the proxy listens",
     "kv": "twolane, or vLLM's own connector where this vLLM has it: nixl, p2pnccl",
-    "transport": "how TwoLane's connector moves KV: auto (the best that both sides have), cuda_ipc, shm or nccl",
+    "transport": "how TwoLane's connector moves KV: auto (the best that both sides have), cuda_ipc, shm, nccl or tcp",
     "max_model_len": "longest prompt and answer together, in tokens",
     "vllm_args": "more options for every vLLM instance",
     "prefill_args": "more options for prefill instances",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 from rich.console import Console
@@ -25,7 +22,7 @@ from twolane.launch.hardware import inspect_machine
 from twolane.launch.logs import Follower
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.ports import check_ports
-from twolane.launch.process import Child, last_lines
+from twolane.launch.process import Child, last_lines, signals_interrupt
 from twolane.launch.registrar import Registrar, make_registrar
 from twolane.launch.service import describe_exit
 from twolane.launch.state import ServiceState
@@ -76,7 +73,7 @@ def run_in_foreground(plan: Plan, spec: ServiceSpec, write: Callable[[str], obje
     registrar = make_registrar(plan, spec)
     child = None
     try:
-        with _signals_interrupt():
+        with signals_interrupt():
             child = Child(spec, {"TMPDIR": str(run_dir), "VLLM_RPC_BASE_PATH": str(run_dir)}, plan.log_max_bytes)
             watch = Watch(plan, spec, child, record)
             _show_until_exit(child, Path(spec.log), watch, registrar, write)
@@ -152,18 +149,3 @@ def _explain(spec: ServiceSpec, code: int) -> None:
         return
     known = diagnose(last_lines(Path(spec.log), 200))
     raise StartError(f"{spec.name} ended {describe_exit(code)}" + (f": {known}" if known else f"; see {spec.log}"))
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP are taken as Ctrl+C is."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from twolane.config import KV_KINDS, MAX_INSTANCES, GpuGroups, Policy, Transport
+from twolane.config import KV_KINDS, MAX_INSTANCES, GpuGroups, Policy
+from twolane.protocol import Transport
 
 GPU_LIST = re.compile(r"\d+(\+\d+)*(,\d+(\+\d+)*)*")
 

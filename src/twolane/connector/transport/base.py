@@ -4,6 +4,7 @@ The two sides decide what moves and when; a transport only moves bytes. There ar
 
 staged   P copies items into a slot, says Push(slot); D copies them out and gives the slot back with Credit. D alone
          writes to D's KV memory.
+         Where P's slots aren't D's to look into (`tcp`), the bytes travel apart from Push.
 direct   P writes into D's KV memory itself and says Push without a slot once the bytes are there. D must not give its
          blocks away before P has said that it writes no more, or P is dead, or D has revoked P's permission.
 
@@ -13,7 +14,7 @@ that was begun is a Ticket; `poll` marks it done. Tickets of one channel become 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,6 +37,11 @@ class Items:
         """(block id, layer)"""
         for item in range(self.skip, self.skip + self.count):
             yield self.blocks[item // self.num_layers], item % self.num_layers
+
+    def size_bytes(self, layer_bytes: list[int]) -> int:
+        """`layer_bytes`: of one item of each layer."""
+        whole, rest = divmod(self.count, self.num_layers)
+        return whole * sum(layer_bytes) + sum(layer_bytes[(self.skip + i) % self.num_layers] for i in range(rest))
 
     @property
     def is_whole(self) -> bool:
@@ -77,6 +83,11 @@ class Ticket:
 class SendChannel(Protocol):
     """P's half towards one D worker."""
 
+    @property
+    def error(self) -> str:
+        """Why nothing can be pushed any more, though D may live; D has to connect anew. Empty: it can."""
+        ...
+
     def room(self, first_item: int) -> int:
         """How many items from `first_item` on one push may hold now; 0: none until a slot comes back."""
         ...
@@ -117,6 +128,10 @@ class SendTransports(Protocol):
         """Marks tickets that are done."""
         ...
 
+    def take_refused(self) -> int:
+        """Frames that belonged to nothing and were thrown away, since the last call."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -138,7 +153,12 @@ class ReceiveChannel(Protocol):
         ...
 
     def read(self, slot: int, items: Items) -> Ticket:
-        """Begins to copy the slot's bytes into D's KV memory. Raises TransferError for a slot that can't be."""
+        """Begins to copy the slot's bytes into D's KV memory, once they are there: they and word of them may come in
+        either order. Raises TransferError for a slot that can't be. Slots are read or discarded in P's order."""
+        ...
+
+    def discard(self, slot: int) -> None:
+        """Nobody wants the slot's bytes, here already or still on their way."""
         ...
 
     def revoke(self) -> float:
@@ -151,7 +171,9 @@ class ReceiveChannel(Protocol):
 class ReceiveTransports(Protocol):
     """All that one D worker can receive with."""
 
-    def open(self) -> ReceiveChannel: ...
+    def open(self, without: Container[str] = ()) -> ReceiveChannel:
+        """`without`: names of transports that didn't work with this P; heeded while there are others."""
+        ...
 
     def fence(self) -> Ticket:
         """Engine's thread: done when every forward pass launched so far is through. Blocks that the scheduler gives
@@ -160,6 +182,10 @@ class ReceiveTransports(Protocol):
 
     def poll(self) -> None:
         """Marks tickets that are done."""
+        ...
+
+    def take_refused(self) -> int:
+        """Frames that belonged to nothing and were thrown away, since the last call."""
         ...
 
     def close(self) -> None: ...

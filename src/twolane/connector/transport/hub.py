@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Protocol
 
 from twolane.connector.agent import logger
@@ -20,6 +21,14 @@ class SendWay(Protocol):
         """A channel to the D worker that offered `data`, and what it needs to attach. Raises TransferError."""
         ...
 
+    def poll(self) -> None:
+        """What it does beside the copier."""
+        return
+
+    def take_refused(self) -> int:
+        """Frames that were nobody's, since the last call."""
+        return 0
+
     def close(self) -> None: ...
 
 
@@ -35,6 +44,10 @@ class ReceiveHalf(Protocol):
 
     def read(self, slot: int, items: Items) -> Ticket: ...
 
+    def discard(self, slot: int) -> None:  # noqa: ARG002
+        """For those whose bytes are D's to keep."""
+        return
+
     def revoke(self) -> float: ...
 
     def close(self) -> None: ...
@@ -43,7 +56,17 @@ class ReceiveHalf(Protocol):
 class ReceiveWay(Protocol):
     """One transport, D's half."""
 
+    name: str
+
     def open(self) -> ReceiveHalf: ...
+
+    def poll(self) -> None:
+        """What it does beside the copier."""
+        return
+
+    def take_refused(self) -> int:
+        """Frames that were nobody's, since the last call."""
+        return 0
 
     def close(self) -> None: ...
 
@@ -57,7 +80,6 @@ class Senders:
         self.layer_done = copier.layer_done
         self.fence = copier.fence
         self.quiesce = copier.quiesce
-        self.poll = copier.poll
 
     def open(self, offers: list[TransportOffer], pid: int, host: str) -> tuple[SendChannel, TransportOffer]:
         reasons = []
@@ -73,6 +95,14 @@ class Senders:
                 return channel, TransportOffer(offer.name, data)
         offered, had = ", ".join(offer.name for offer in offers), ", ".join(self._ways)
         raise TransferError("; ".join(reasons) or f"no transport in common (decode: {offered}; prefill: {had})")
+
+    def poll(self) -> None:
+        self._copier.poll()
+        for way in self._ways.values():
+            way.poll()
+
+    def take_refused(self) -> int:
+        return sum(way.take_refused() for way in self._ways.values())
 
     def close(self) -> None:
         for way in self._ways.values():
@@ -109,6 +139,10 @@ class Channel:
             raise TransferError("a push came before the handshake")
         return self._chosen.read(slot, items)
 
+    def discard(self, slot: int) -> None:
+        if self._chosen is not None:
+            self._chosen.discard(slot)
+
     def revoke(self) -> float:
         return max(half.revoke() for half in self._halves.values())
 
@@ -124,10 +158,18 @@ class Receivers:
         self._copier = copier
         self._ways = ways
         self.fence = copier.passes
-        self.poll = copier.poll
 
-    def open(self) -> ReceiveChannel:
-        return Channel([way.open() for way in self._ways])
+    def open(self, without: Container[str] = ()) -> ReceiveChannel:
+        ways = [way for way in self._ways if way.name not in without] or self._ways
+        return Channel([way.open() for way in ways])
+
+    def poll(self) -> None:
+        self._copier.poll()
+        for way in self._ways:
+            way.poll()
+
+    def take_refused(self) -> int:
+        return sum(way.take_refused() for way in self._ways)
 
     def close(self) -> None:
         for way in self._ways:

@@ -16,7 +16,6 @@ import ctypes
 import mmap
 import os
 import secrets
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -25,12 +24,13 @@ from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.copier import Copier
+from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
+from twolane.connector.transport.slots import Slots, page_aligned
 from twolane.errors import ConfigError, TransferError
 
 _HEADER_BYTES = 4096  # one page, so that slots are page-aligned; holds the nonce, then the loan of each slot
 _NONCE_BYTES = 16
 _MAX_SLOTS = (_HEADER_BYTES - _NONCE_BYTES) // 8
-_FIRST_LOANS = 1 << 40  # loans begin at random: those of another arena are never taken for ours
 
 
 def _loan_word(base: int, slot: int) -> ctypes.c_int64:
@@ -47,36 +47,20 @@ class Arena(msgspec.Struct, frozen=True):
     nonce: bytes
 
 
-@dataclass
-class Slot:
-    """`owner`: which channel holds it. `ticket`: the last copy into it, which may outlive its owner."""
-
-    owner: ShmSendChannel | None = None
-    loan: int = -1
-    ticket: Ticket | None = None
-
-    @property
-    def is_free(self) -> bool:
-        return self.owner is None and (self.ticket is None or self.ticket.done)
-
-
-class ShmSend:
-    """P's half. Mutable state: `_slots`, and how many loans there were."""
+class ShmSend(SendWay):
+    """P's half. Mutable state: the slots."""
 
     name = "shm"
 
     def __init__(
         self, layout: KVLayout, copier: Copier, *, slot_bytes: int, num_slots: int, zero: bool = False
     ) -> None:
-        page = mmap.PAGESIZE
         self._copier = copier
         self._zero = zero
-        self._slot_bytes = -(-max(slot_bytes or copier.slot_bytes, layout.max_item_bytes) // page) * page
+        self._slot_bytes = page_aligned(max(slot_bytes or copier.slot_bytes, layout.max_item_bytes))
         if num_slots > _MAX_SLOTS:
             raise ConfigError(f"num_slots {num_slots}: at most {_MAX_SLOTS} can be. Raise slot_bytes instead.")
-        self._slots = [Slot() for _ in range(num_slots)]
-        self._num_loans = secrets.randbelow(_FIRST_LOANS)
-        self._peer_share = max(1, num_slots // 2)  # one hung D can't take the arena from the others
+        self.slots = Slots(num_slots)
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
         self._size = _HEADER_BYTES + num_slots * self._slot_bytes
         self._fd = os.memfd_create("twolane-kv", os.MFD_CLOEXEC)
@@ -93,44 +77,27 @@ class ShmSend:
         host: str,
     ) -> tuple[ShmSendChannel, dict[str, Any]]:
         if host != host_identity():
-            raise TransferError("the decode worker is on another host or in another PID namespace")
+            raise TransferError("the decode worker is on another host, or in another container")
         arena = Arena(self._fd, self._size, self._slot_bytes, self._nonce)
         return ShmSendChannel(self), msgspec.structs.asdict(arena)
 
     # -- of the channels
 
-    def next_slot(self, channel: ShmSendChannel) -> int | None:
-        """A free slot, or None: all taken, or the peer's share is used up."""
-        if sum(slot.owner is channel for slot in self._slots) >= self._peer_share:
-            return None
-        return next((index for index, slot in enumerate(self._slots) if slot.is_free), None)
-
-    def release(self, loan: int, channel: ShmSendChannel) -> None:
-        for slot in self._slots:
-            if slot.owner is channel and slot.loan == loan:
-                slot.owner = None
-
-    def release_all(self, channel: ShmSendChannel) -> None:
-        for slot in self._slots:
-            if slot.owner is channel:
-                slot.owner = None
-
     @property
     def free_slots(self) -> int:
-        return sum(slot.is_free for slot in self._slots)
+        return self.slots.num_free
 
     def capacity(self, first_item: int) -> int:
         return self._copier.capacity(self._slot_bytes, first_item)
 
     def lend(self, index: int, channel: ShmSendChannel, items: Items, fence: Fence) -> Ticket:
         """Begins to copy into the slot."""
-        slot = self._slots[index]
-        self._num_loans += 1
-        slot.owner, slot.loan = channel, self._num_loans * len(self._slots) + index
-        _loan_word(self._base, index).value = slot.loan  # before the first byte of it
+        loan = self.slots.lend(index, channel)
+        _loan_word(self._base, index).value = loan  # before the first byte of it
         address = self._base + _HEADER_BYTES + index * self._slot_bytes
-        ticket = slot.ticket = self._copier.gather(address, items, fence)
-        ticket.slot = slot.loan
+        ticket = self._copier.gather(address, items, fence)
+        self.slots.occupy(index, lambda: not ticket.done)
+        ticket.slot = loan
         if self._zero:
             ctypes.memset(address, 0, ticket.size_bytes)
         return ticket
@@ -147,26 +114,30 @@ class ShmSend:
 class ShmSendChannel:
     """The slots that one D worker holds."""
 
+    error = ""
+
     def __init__(self, arena: ShmSend) -> None:
         self._arena = arena
 
     def room(self, first_item: int) -> int:
-        return 0 if self._arena.next_slot(self) is None else self._arena.capacity(first_item)
+        return 0 if self._arena.slots.next_free(self) is None else self._arena.capacity(first_item)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
-        slot = self._arena.next_slot(self)
+        slot = self._arena.slots.next_free(self)
         assert slot is not None, "room said so"
         return self._arena.lend(slot, self, sources, fence)
 
     def release(self, slot: int) -> None:
-        self._arena.release(slot, self)
+        self._arena.slots.release(slot, self)
 
     def close(self) -> None:
-        self._arena.release_all(self)
+        self._arena.slots.release_all(self)
 
 
-class ShmReceive:
+class ShmReceive(ReceiveWay):
     """D's half: a ShmReceiveHalf for each P."""
+
+    name = "shm"
 
     def __init__(self, layout: KVLayout, copier: Copier) -> None:
         self._layout = layout
@@ -178,7 +149,7 @@ class ShmReceive:
     def close(self) -> None: ...
 
 
-class ShmReceiveHalf:
+class ShmReceiveHalf(ReceiveHalf):
     """Maps the arena of one P."""
 
     name = "shm"

@@ -20,6 +20,7 @@ from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
 from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, permit_of, planes_of
+from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
 
 # A kernel runs for milliseconds once it has begun; the GPU may give its time to other processes in between.
@@ -50,8 +51,10 @@ class ExportedMemory(msgspec.Struct, frozen=True):
     permit_value: int
 
 
-class IpcReceive:
+class IpcReceive(ReceiveWay):
     """D's half. Mutable state: the words of permission, and who has which. Owns their memory."""
+
+    name = "cuda_ipc"
 
     def __init__(self, layout: KVLayout) -> None:
         """Raises driver.DriverError where this memory can't be exported."""
@@ -109,7 +112,7 @@ class IpcReceive:
             self.permits = 0
 
 
-class IpcReceiveHalf:
+class IpcReceiveHalf(ReceiveHalf):
     """What one P may do."""
 
     name = "cuda_ipc"
@@ -144,7 +147,7 @@ class IpcReceiveHalf:
             self._index = None
 
 
-class IpcSend:
+class IpcSend(SendWay):
     """P's half. Mutable state: channels that are to be closed once their last push is through."""
 
     name = "cuda_ipc"
@@ -180,6 +183,8 @@ class IpcSend:
 
 class IpcSendChannel:
     """D's memory as P sees it."""
+
+    error = ""
 
     def __init__(self, copier: CudaCopier, sources: PlaneTable, exported: ExportedMemory) -> None:
         """Raises driver.DriverError; then nothing stays mapped."""

@@ -23,6 +23,7 @@ from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier, Waiter
 from twolane.connector.transport.cuda.kernel import PlaneTable, copy_blocks, dense_planes
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
+from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
 
 Post = Callable[[Communicator, torch.cuda.Stream], None]
@@ -122,7 +123,7 @@ class Pair:
             time.sleep(_POLL_S)
 
 
-class NcclSend:
+class NcclSend(SendWay):
     """P's half."""
 
     name = "nccl"
@@ -148,6 +149,8 @@ class NcclSend:
 
 class NcclSendChannel:
     """Mutable state: which slots are free."""
+
+    error = ""
 
     def __init__(self, copier: CudaCopier, meeting: Meeting, *, zero: bool) -> None:
         self._copier = copier
@@ -200,8 +203,10 @@ class NcclSendChannel:
         self._pair.end()
 
 
-class NcclReceive:
+class NcclReceive(ReceiveWay):
     """D's half: an NcclReceiveHalf for each P."""
+
+    name = "nccl"
 
     def __init__(self, copier: CudaCopier) -> None:
         self._copier = copier
@@ -212,7 +217,7 @@ class NcclReceive:
     def close(self) -> None: ...
 
 
-class NcclReceiveHalf:
+class NcclReceiveHalf(ReceiveHalf):
     """Mutable state: the pair, and the jobs that it hasn't ended."""
 
     name = "nccl"

@@ -1,6 +1,9 @@
-"""The transports of GPU memory, best first: straight into D's blocks; through pinned host memory; through NCCL."""
+"""The transports of GPU memory, best first: straight into D's blocks; through pinned host memory; through NCCL;
+through pinned host memory and a socket."""
 
 from __future__ import annotations
+
+import zmq
 
 from twolane.connector.agent import logger
 from twolane.connector.layout import KVLayout
@@ -12,10 +15,14 @@ from twolane.connector.transport.cuda.ipc import IpcReceive, IpcSend
 from twolane.connector.transport.cuda.nccl import NcclReceive, NcclSend
 from twolane.connector.transport.hub import Receivers, ReceiveWay, Senders, SendWay
 from twolane.connector.transport.shm import ShmReceive, ShmSend
+from twolane.connector.transport.tcp import tcp_send
+from twolane.connector.transport.tcp_receive import tcp_receive
 from twolane.errors import ConfigError
 
 
-def senders(layout: KVLayout, settings: ConnectorSettings, wake: Wake, *, zero: bool) -> Senders:
+def senders(
+    layout: KVLayout, settings: ConnectorSettings, wake: Wake, poller: zmq.Poller | None, *, zero: bool
+) -> Senders:
     copier = CudaCopier(layout, wake)
     slot_bytes, num_slots = settings.slot_bytes, settings.num_slots
     made: list[SendWay] = []
@@ -25,10 +32,12 @@ def senders(layout: KVLayout, settings: ConnectorSettings, wake: Wake, *, zero: 
         made.append(ShmSend(layout, copier, slot_bytes=slot_bytes, num_slots=num_slots, zero=zero))
     if settings.transport in ("auto", "nccl"):
         made.append(NcclSend(copier, slot_bytes=slot_bytes, num_slots=num_slots, zero=zero))
+    if settings.transport in ("auto", "tcp"):
+        made.append(tcp_send(layout, copier, settings, poller, zero=zero))
     return Senders(copier, made)
 
 
-def receivers(layout: KVLayout, settings: ConnectorSettings, wake: Wake) -> Receivers:
+def receivers(layout: KVLayout, settings: ConnectorSettings, wake: Wake, poller: zmq.Poller | None) -> Receivers:
     """ConfigError where the only transport asked for can't be had."""
     copier = CudaCopier(layout, wake)
     made: list[ReceiveWay] = []
@@ -44,4 +53,6 @@ def receivers(layout: KVLayout, settings: ConnectorSettings, wake: Wake) -> Rece
         made.append(ShmReceive(layout, copier))
     if settings.transport in ("auto", "nccl"):
         made.append(NcclReceive(copier))
+    if settings.transport in ("auto", "tcp"):
+        made.append(tcp_receive(layout, copier, settings, poller))
     return Receivers(copier, made)
