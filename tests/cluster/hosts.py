@@ -138,7 +138,15 @@ class Cluster:
         words += [f"--temp-dir={self._ray_dirs[-1]}", "--object-store-memory=80000000"]
         head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--ray-client-server-port=9999"]
         words += head if number == 1 else [f"--address={self.address}"]
-        host.run(sys.executable, "-m", "ray.scripts.scripts", *words, env=self.env)
+        for attempt in range(3):  # Ray gives up after 30 s, which no setting changes: too soon for a busy machine
+            try:
+                host.run(sys.executable, "-m", "ray.scripts.scripts", *words, env=self.env)
+            except AssertionError:
+                host.kill_all()
+                if attempt == 2:
+                    raise
+            else:
+                return
 
     def twolane(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
