@@ -29,7 +29,8 @@ from twolane.proxy.service import Service
 # Programs that aren't ours: their flags are not looked at.
 FOREIGN = frozenset(
     (
-        *("git", "docker", "systemctl", "journalctl", "nvidia-smi", "pip", "ray", "apt", "nginx", "openssl", "kill", "pkill"),
+        "ray",
+        *("git", "docker", "systemctl", "journalctl", "nvidia-smi", "pip", "apt", "nginx", "openssl", "kill", "pkill"),
         *(
             "cd",
             "cp",

@@ -45,7 +45,7 @@ class Load(threading.Thread):
             with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)) as connection:
                 connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
                 text = connection.getresponse().read().decode()
-            if text.count('"text"') == 40 and text.endswith("data: [DONE]\n\n"):
+            if '"finish_reason":"length"' in text and text.endswith("data: [DONE]\n\n"):
                 self.num_whole += 1
             else:
                 self.wrong.append(text[-300:])
