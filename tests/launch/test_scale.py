@@ -164,7 +164,7 @@ def test_a_restart_loses_no_request_but_what_outlasts_the_deadline(place: Place)
     for stream in streams:
         stream.join(60)
         assert stream.text.endswith(b"data: [DONE]\n\n")
-    long = [Stream(place, 12.0) for _ in range(2)]
+    long = [Stream(place, 4.0) for _ in range(2)]
     assert all(stream.began.wait(60) for stream in long)
     done = place.run("scale", "--decode", "1", "--drain-seconds", "1")
     assert "decode-2: its requests were cut, " in done.stdout
@@ -178,7 +178,7 @@ def test_ctrl_c_leaves_it_to_go_on_and_the_old_numbers_take_it_back(place: Place
     stopped.expect("it goes on in the background")
     ends_with(stopped, 130)
     wait_for(lambda: len(rows(place)) == 5 and {row["state"] for row in rows(place).values()} == {"ready"}, 60)
-    stream = Stream(place, 15.0)
+    stream = Stream(place, 6.0)
     assert stream.began.wait(60)
     for _ in range(2):  # the second finds the one that drains, and waits for its end
         leaving = place.terminal("scale", "--decode", "1", "--drain-seconds", "100")
@@ -225,7 +225,7 @@ def test_what_is_wrong_is_told_and_changes_nothing(place: Place) -> None:
 
 def test_down_in_the_middle_ends_all(place: Place) -> None:
     assert place.run("up", "--decode", "2").returncode == 0
-    streams = [Stream(place, 6.0) for _ in range(2)]
+    streams = [Stream(place, 4.0) for _ in range(2)]
     assert all(stream.began.wait(60) for stream in streams)
     scaling = place.terminal("scale", "--decode", "1")
     scaling.expect("draining|starting")
