@@ -197,6 +197,7 @@ class RemoteService(Service):
         logwriter.rotate(str(path))
         path.touch()
         self._follow(path)
+        self.is_placed = False
         self._last_life, self._life, self._ended, self._problem = self._life, "", None, ""
         if self._placed is None:
             self._placed = self._cluster.place(self.spec)
@@ -259,6 +260,7 @@ class RemoteService(Service):
             state = self.state
             state.host, state.node, state.gpus, state.pid = report.node, report.node, report.gpus, report.pid
             self.enter(IMPORTING)
+            self.is_placed = True
         if report.log:
             with Path(self.spec.log).open("a") as log:
                 log.write(report.log)

@@ -31,7 +31,7 @@ async def _steps(plan: Plan, service: Service) -> None:
     proxy = plan.proxy_address
     if not service.is_instance:
         return await _poll(service, lambda: probes.proxy_answers(proxy))
-    await _poll(service, lambda: probes.is_healthy(service.spec), LOADING_TICK_S)
+    await _poll(service, lambda: service.is_placed and probes.is_healthy(service.spec), LOADING_TICK_S)
     service.enter(FIRST_ANSWER)
     await _poll(service, lambda: probes.serves_a_token(service.spec, plan.model.names[0]))
     service.enter(REGISTERING)

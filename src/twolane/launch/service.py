@@ -50,6 +50,7 @@ class Service:
         self.restart_wanted = asyncio.Event()  # somebody asks for a restart
         self.drain_s = 0.0  # what it has for its requests then
         self.is_instance = spec.role != "proxy"
+        self.is_placed = True  # `spec` says where it is now
         self.life: asyncio.Task[None] | None = None  # keeps it running, or, once it is `retiring`, ends it
         self.retiring = False
         self._stopping = threading.Lock()  # a task that is cancelled leaves its thread at work
