@@ -4,11 +4,11 @@ BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help up down status install lint test matrix soak faults mutants lock clean
+.PHONY: help up down status install lint test test-cluster matrix soak faults mutants lock clean
 
 help:  ## Show this
 	@echo "TwoLane: make WORD, where WORD is one of"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile
 	@echo "Settings by environment, as in: make up MODEL=/models/qwen3-4b HTTP_PROXY_PORT=8080"
 
 up:  ## Install what is missing, start all services, send a first request through both lanes
@@ -30,6 +30,9 @@ lint: install  ## ruff and mypy
 
 test: lint  ## lint, then all tests (they start real engines: over 12 minutes on 2 cores)
 	.venv/bin/python -m pytest
+
+test-cluster: install  ## `twolane up --ray` on hosts made of network namespaces; needs root and Ray (.venv/bin/pip install -e '.[ray]')
+	.venv/bin/python -m pytest -m cluster tests/cluster
 
 matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
 	$(PYTHON) scripts/matrix.py $(VERSIONS)

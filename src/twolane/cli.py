@@ -33,6 +33,11 @@ Index = Annotated[int, typer.Option(min=1, help="Which instance of the role, whe
 Instances = Annotated[
     list[str] | None, typer.Option(metavar="URL[=HOST:PORT]", help="An instance, its control address (repeatable).")
 ]
+Count = Annotated[int | None, typer.Option(metavar="N", help="How many of them there shall be; left out: as many.")]
+Drain = Annotated[
+    float | None,
+    typer.Option(min=1, metavar="S", help="Seconds to end requests in; left out: drain_seconds of `up` (60)."),
+]
 VllmOptions = Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="More options for vLLM.")]
 
 app = typer.Typer(
@@ -91,12 +96,27 @@ def down() -> None:
 
 
 @app.command(epilog=EPILOG)
-def restart(role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")]) -> None:
+def restart(
+    role: Annotated[str, typer.Argument(help="proxy, prefill, decode, all or a name")], drain_seconds: Drain = None
+) -> None:
     """Start a role's instances again, one after the other, or one instance. Also one that was given up.
+
+    Each first ends the requests that it has; the others of its role go on.
 
     Example: twolane restart decode-2
     """
-    commands.restart(Settings(), role, console())
+    commands.restart(Settings(), role, drain_seconds, console())
+
+
+@app.command(epilog=EPILOG)
+def scale(prefill: Count = None, decode: Count = None, drain_seconds: Drain = None) -> None:
+    """Add instances to what runs, or take some away: the highest numbers, once they have ended their requests.
+
+    The others serve on meanwhile. Ctrl+C leaves it to go on in the background.
+
+    Example: twolane scale --prefill 3 --decode 2
+    """
+    commands.scale(Settings(), prefill, decode, drain_seconds, console())
 
 
 @app.command(epilog=EPILOG)

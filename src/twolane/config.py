@@ -105,7 +105,7 @@ class Settings:
     http_proxy_port: int = HTTP_PORT  # where clients ask
     proxy_port: int = DISCOVERY_PORT  # where instances register
     timeout_seconds: float = 600.0  # for a start
-    host: str = "127.0.0.1"  # of the proxy; instances are on loopback always
+    host: str = "127.0.0.1"  # of the proxy; instances are on loopback, or at their Ray node's address
     kv: Kv = "twolane"
     transport: Transport = "auto"  # of TwoLane's connector
     max_model_len: int | None = None  # None: the model's own, but 8192 at most without a GPU
@@ -114,7 +114,7 @@ class Settings:
     decode_args: tuple[str, ...] = ()
     restart_tries: int = 5  # an instance that ends more often than this ...
     restart_minutes: float = 10.0  # ... within this time is given up
-    drain_seconds: float = 60.0  # what runs on an instance may end before a restart that was asked for
+    drain_seconds: float = 60.0  # what an instance has for its requests, before `restart` and `scale` stop it
     log_max_mb: int = 100  # a log that grows larger moves to NAME.log.1
     # The proxy's own; ProxySettings says more of each.
     policy: Policy = ProxySettings.policy
@@ -134,4 +134,5 @@ class Settings:
     otlp_endpoint: str = ProxySettings.otlp_endpoint
     log_dir: Path = Path("logs")
     cache_dir: Path = Path(".twolane/cache")
+    ray: str = ""  # address of a Ray cluster that instances are placed on, or `auto`; empty: this machine
     state_dir: Path = Path(".twolane")  # not a key: it says where to look for what runs

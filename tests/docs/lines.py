@@ -29,6 +29,7 @@ from twolane.proxy.service import Service
 # Programs that aren't ours: their flags are not looked at.
 FOREIGN = frozenset(
     (
+        "ray",
         *("git", "docker", "systemctl", "journalctl", "nvidia-smi", "pip", "apt", "nginx", "openssl", "kill", "pkill"),
         *(
             "cd",

@@ -13,7 +13,7 @@ import pytest
 from tests.engine.conftest import make_prompts
 from tests.engine.stack import Stack, complete, completion_body, make_test_plan
 from twolane.config import Settings
-from twolane.launch.kv import kv_config, kv_env
+from twolane.launch.kv import Place, kv_config, kv_env
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.process import Child
 
@@ -33,7 +33,7 @@ def with_nixl(spec: ServiceSpec) -> ServiceSpec:
     """The same instance with vLLM's connector."""
     assert spec.role != "proxy"
     assert spec.kv_port is not None
-    config = kv_config(Settings(kv="nixl"), spec.role, spec.name, spec.http_port, spec.kv_port, ("127.0.0.1", 0))
+    config = kv_config(Settings(kv="nixl"), spec.role, spec.name, spec.http_port, spec.kv_port, Place())
     at = spec.argv.index("--kv-transfer-config") + 1
     argv = (*spec.argv[:at], json.dumps(config | {"kv_buffer_device": "cpu"}), *spec.argv[at + 1 :])
     return msgspec.structs.replace(spec, argv=argv, env=spec.env | kv_env("nixl", spec.kv_port))

@@ -23,7 +23,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.answer({"instances": [{"address": address, "state": "ready"} for address in addresses]})
+        rest = {"state": "ready", "in_flight": 0, "control_address": "", "kind": "twolane", "epoch": ""}
+        self.answer({"instances": [{"address": address, **rest} for address in addresses]})
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))

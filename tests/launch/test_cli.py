@@ -19,6 +19,7 @@ COMMANDS = [
     "up",
     "down",
     "restart",
+    "scale",
     "status",
     "logs",
     "trace",

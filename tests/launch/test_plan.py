@@ -11,7 +11,6 @@ from twolane.config import Settings
 from twolane.errors import ConfigError
 from twolane.launch.kv import CONNECTORS, check_kv
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, load_plan, make_plan, save_plan
-from twolane.launch.supervisor import start_order
 
 CPU = Machine(engine="cpu", python="/venv/bin/python", num_cpus=2)
 FOUR_GPUS = Machine(engine="cuda", python="/venv/bin/python", num_cpus=64, gpus=(0, 1, 2, 3))
@@ -86,11 +85,6 @@ def test_gpus_are_given_out_in_order_around_those_that_are_named() -> None:
     ]
     assert services["prefill-2"].env["CUDA_VISIBLE_DEVICES"] == "3"
     assert "--enforce-eager" not in services["prefill-1"].argv
-
-
-def test_instances_that_share_a_gpu_start_in_turn() -> None:
-    plan = make_plan(Settings(prefill_gpu=((0,),), decode_gpu=((0,), (1,)), decode=2), FOUR_GPUS, MODEL)
-    assert start_order(plan) == [[0], [1, 2], [3]]
 
 
 @pytest.mark.parametrize(

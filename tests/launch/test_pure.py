@@ -81,7 +81,7 @@ def test_the_first_answer_is_put_together_from_its_stream() -> None:
 @pytest.mark.parametrize(("width", "shown"), [(80, False), (120, True)])
 def test_status_shows_the_engines_load_where_the_terminal_has_room(width: int, shown: bool) -> None:
     load = {"num_waiting": 3, "num_blocks": 200, "free_blocks": 175, "num_running": 5, "block_size": 16}
-    row: dict[str, Any] = dict.fromkeys(("pid", "kv_port", "uptime_s", "memory_bytes", "in_flight", "restarts"))
+    row: dict[str, Any] = dict.fromkeys(("node", "pid", "kv_port", "uptime_s", "memory_bytes", "in_flight", "restarts"))
     row |= {"name": "decode", "role": "decode", "gpus": [], "http_port": 20005, "state": "ready", "load": load}
     console = Console(width=width, file=io.StringIO())
     report = {"running": True, "state": "ready", "url": "http://x", "models": ["m"], "services": [row]}

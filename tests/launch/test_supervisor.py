@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,18 @@ def test_all_start_and_a_stop_leaves_nothing(files: Files, tmp_path: Path) -> No
     assert not Path(state.run_dir).exists()
     assert running(files) is None
     assert stop_all(files) == []
+
+
+def test_instances_that_share_a_gpu_start_one_after_the_other(files: Files, tmp_path: Path) -> None:
+    pair = [server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode")]
+    start(make_run(tmp_path, *(msgspec.structs.replace(spec, gpus=(0,)) for spec in pair)), files)
+
+    def events() -> list[str]:
+        found = re.findall(r"service=(\w+) pid=\d+ event=(started|ready)", files.supervisor_log.read_text())
+        return [event for name, event in found if name != "proxy"]
+
+    wait_for(lambda: len(events()) == 4)  # the log has a writer of its own
+    assert events() == ["started", "ready", "started", "ready"]
 
 
 def test_a_child_that_dies_while_starting_ends_the_start_with_its_last_words(files: Files, tmp_path: Path) -> None:
@@ -149,7 +162,7 @@ def test_what_keeps_dying_is_given_up_with_its_reason_and_comes_back_when_asked(
     assert service(files, "decode").phase == "ready"
     state = running(files)
     assert state is not None
-    ask_restart(files, state, ["prefill"])
+    ask_restart(files, state, ["prefill"], 0.1)
     await_ready(files, {"prefill"}, {"prefill": given_up.pid}, lambda _: None)
     back = service(files, "prefill")
     assert (back.phase, back.reason) == ("ready", "")
@@ -159,11 +172,11 @@ def test_a_restart_on_request_replaces_the_process_of_that_service_only(files: F
     plan = make_run(tmp_path, server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode"))
     state = start(plan, files)
     pids = {entry.name: entry.pid for entry in state.services}
-    ask_restart(files, state, ["decode"])
+    ask_restart(files, state, ["decode"], 0.1)
     await_ready(files, {"decode"}, pids, lambda _: None)
     assert service(files, "decode").pid != pids["decode"]
     assert service(files, "prefill").pid == pids["prefill"]
-    assert not (files.folder / "restart").exists()
+    assert not (files.folder / "wish.json").exists()
 
 
 def test_a_log_that_grows_too_large_moves_aside(files: Files, tmp_path: Path) -> None:

@@ -240,6 +240,8 @@ def test_up_stays_in_the_foreground_until_ctrl_c(place: Place) -> None:
     second = place.run("up")
     assert (second.returncode, "already up" in second.stdout, "other settings" in second.stdout) == (0, True, False)
     other = place.run("up", "--decode", "2")
+    assert (other.returncode, "`twolane scale --prefill 1 --decode 2` makes it so" in other.stdout) == (0, True)
+    other = place.run("up", "--max-model-len", "512")
     assert (other.returncode, "was started with other settings" in other.stdout) == (0, True)
     terminal.sendintr()
     terminal.expect("decode: stopped")

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,11 @@ from twolane.config import Settings
 from twolane.errors import StartError
 from twolane.launch.logpipe import LogPipe
 from twolane.launch.phases import GIVEN_UP, READY
-from twolane.launch.plan import Plan, save_plan
+from twolane.launch.plan import Plan, plan_file, save_plan
 from twolane.launch.process import GONE, identify, last_lines, stop_group, wait_all
 from twolane.launch.state import ServiceState, State, read_state
 from twolane.launch.supervisor import INSTANCE_STOP_S, PROXY_STOP_S, RUN_DIR_PREFIX
-from twolane.launch.upkeep import wishes_file
+from twolane.launch.upkeep import Wish, leave_wish
 
 POLL_S = 0.1
 SUPERVISOR_START_S = 20.0
@@ -38,22 +39,20 @@ class Files:
     def __init__(self, settings: Settings) -> None:
         self.folder = settings.state_dir
         self.state = self.folder / "state.json"
-        self.plan = self.folder / "plan.json"
+        self.plan = plan_file(self.state)
         self.lock = self.folder / "lock"
         self.supervisor_log = settings.log_dir / "supervisor.log"
 
 
 @contextmanager
 def exclusive(files: Files) -> Iterator[None]:
-    """Only one `up` or `down` in a folder at a time. StartError if another one is at work."""
+    """Only one command that changes what runs in a folder at a time. StartError if another one is at work."""
     files.folder.mkdir(parents=True, exist_ok=True)
     with files.lock.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError(
-                "another `twolane up` or `down` is at work in this folder: wait until it is done"
-            ) from None
+            raise StartError("another `twolane` command is at work in this folder: wait until it is done") from None
         yield
 
 
@@ -94,13 +93,44 @@ def _await_first_word(files: Files, pid: int) -> None:
         time.sleep(POLL_S)
 
 
-def ask_restart(files: Files, state: State, names: list[str]) -> None:
-    """Tells the supervisor to start these services again; returns at once."""
-    wishes = wishes_file(files.state)
-    fresh = wishes.with_suffix(".new")
-    fresh.write_text("\n".join(names))
-    fresh.replace(wishes)
+def ask(files: Files, state: State, wish: Wish) -> None:
+    """Tells the supervisor; returns at once."""
+    leave_wish(wish, files.state)
     os.kill(state.supervisor.pid, signal.SIGHUP)
+
+
+def ask_restart(files: Files, state: State, names: list[str], drain_s: float) -> None:
+    """Tells the supervisor to start these services again; returns at once."""
+    ask(files, state, Wish(uuid.uuid4().hex, drain_s, restart=tuple(names)))
+
+
+def ask_scale(files: Files, state: State, target: Plan, drain_s: float) -> str:
+    """Tells the supervisor what shall run from now on; returns at once, with the wish's id."""
+    wish = Wish(uuid.uuid4().hex, drain_s, target=target)
+    ask(files, state, wish)
+    return wish.id
+
+
+def await_scaled(files: Files, wish_id: str, old: set[str], target: Plan, show: Show) -> State:
+    """Until what shall go is gone and what is new is ready. StartError if an instance didn't start, or all is ended.
+
+    `old`: names of the services that were there before.
+    """
+    wanted = {spec.name for spec in target.services}
+    while True:
+        state = running(files)
+        if state is None or state.overall != "up":
+            raise StartError("the supervisor was stopped meanwhile")
+        if state.wish == wish_id:
+            show(state.services)
+            phases = {service.name: service.phase for service in state.services}
+            fresh = [phases[name] for name in wanted - old if name in phases]
+            if phases.keys() <= wanted and all(phase == READY for phase in fresh):
+                break
+        time.sleep(POLL_S)
+    if state.error:
+        raise StartError("\n".join([state.error, *("    " + line for line in state.error_log)]))
+    return state
 
 
 def await_ready(files: Files, names: set[str], old_pids: dict[str, int], show: Show) -> None:
@@ -111,6 +141,8 @@ def await_ready(files: Files, names: set[str], old_pids: dict[str, int], show: S
             raise StartError("the supervisor was stopped meanwhile")
         show(state.services)
         mine = [service for service in state.services if service.name in names]
+        if gone := sorted(names - {service.name for service in mine}):
+            raise StartError(state.error or f"{gone[0]} was taken away by `twolane scale`")
         fresh = [service for service in mine if service.pid != old_pids.get(service.name)]
         for service in fresh:
             if service.phase == GIVEN_UP:

@@ -1,59 +1,81 @@
-"""Before a restart that somebody asked for: nothing new goes to the instance, and what it has ends first."""
+"""Ends an instance's work without losing any: the proxy gives it nothing new, and it finishes what it has.
+
+vLLM's server aborts what runs when it gets SIGTERM, in every release, so that comes only afterwards. Until then the
+supervisor says the instance's last words for it: a registration with `leaving`, which every release of the connector
+has (and which vLLM's NixlConnector, for which the supervisor registers, could not say at all).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import time
-from typing import Any
+from pathlib import Path
 
 import zmq
 
 from twolane.launch import probes
 from twolane.launch.plan import Plan, ServiceSpec
-from twolane.protocol import Registration, encode
+from twolane.launch.registrar import TYPES
+from twolane.protocol import Registration, encode, sign
 
-log = logging.getLogger(__name__)
+POLL_S = 0.3
+LEAVING = "leaving"  # a state of the proxy's
 
-POLL_S = 0.2
 
+async def drained(plan: Plan, spec: ServiceSpec, timeout_s: float) -> bool:
+    """Returns when nothing is in flight there any more, or, with False, after `timeout_s`.
 
-async def drain(plan: Plan, spec: ServiceSpec) -> None:
-    """Tells the proxy, in the instance's name, that it leaves; returns when the proxy has no request there any more, or
-    after `plan.drain_s`. At once where the proxy doesn't know the instance.
-
-    An instance without an epoch (P2pNcclConnector's) isn't drained: the proxy could not tell it from its successor.
+    At once where the instance has no epoch (P2pNcclConnector's): the proxy could not tell it from its next life.
     """
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)  # of another identity than the instance's
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.connect(f"tcp://{plan.discovery_address}")
-    deadline_s = time.monotonic() + plan.drain_s
+    goodbye = Goodbye(plan)
+    deadline_s = time.monotonic() + timeout_s
     try:
-        while entry := await asyncio.to_thread(_entry, plan.proxy_address, spec.address):
-            if not entry.get("epoch") or (entry["state"] == "leaving" and not entry["in_flight"]):
-                return
-            if time.monotonic() > deadline_s:
-                log.warning("service=%s event=drain_timeout in_flight=%d", spec.name, entry["in_flight"])
-                return
-            socket.send(encode(_last_word(entry)))
+        while not await asyncio.to_thread(_has_ended, plan, spec, goodbye):
+            if time.monotonic() >= deadline_s:
+                return False
             await asyncio.sleep(POLL_S)
+        return True
     finally:
-        socket.close()
+        goodbye.close()
 
 
-def _entry(proxy_address: str, address: str) -> dict[str, Any] | None:
-    known = probes.instances(proxy_address) or []
-    return next((entry for entry in known if entry.get("address") == address), None)
+def _has_ended(plan: Plan, spec: ServiceSpec, goodbye: Goodbye) -> bool:
+    """Whether it has nothing left. Tells the proxy, if that doesn't know yet (or was started again and forgot)."""
+    known = probes.instances(plan.proxy_address) or []
+    mine = [entry for entry in known if entry["address"] == spec.address]
+    if not all(entry.get("epoch") for entry in mine):
+        return True
+    if staying := [entry for entry in mine if entry["state"] != LEAVING]:
+        goodbye.say(spec, staying[0])
+        return False
+    return not any(entry["in_flight"] for entry in mine) and probes.is_idle(spec)
 
 
-def _last_word(entry: dict[str, Any]) -> Registration:
-    return Registration(
-        type=entry["role"],
-        http_address=entry["address"],
-        zmq_address=entry["control_address"],
-        kind=entry["kind"],
-        epoch=entry["epoch"],
-        name=entry["name"],
-        gpus=entry["gpus"],
-        leaving=True,
-    )
+class Goodbye:
+    """Owns a socket; never blocks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._secret = Path(plan.secret_file).read_text().strip() if plan.secret_file else ""
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(f"tcp://{plan.discovery_address}")
+
+    def say(self, spec: ServiceSpec, entry: dict[str, str]) -> None:
+        """`entry`: what the proxy knows of it. The epoch in it says which life is over."""
+        words = Registration(
+            type=TYPES[spec.role],
+            http_address=spec.address,
+            zmq_address=entry["control_address"],
+            kind=entry["kind"],  # type: ignore[arg-type]  # it comes from a registration
+            epoch=entry["epoch"],
+            leaving=True,
+            name=spec.name,
+        )
+        if self._secret:
+            words = sign(words, self._secret, time.time())
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(words), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        self._socket.close()

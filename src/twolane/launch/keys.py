@@ -33,7 +33,7 @@ HELP = {
     "decode_args": "more options for decode instances",
     "restart_tries": "an instance that ends more often than this is given up ...",
     "restart_minutes": "... within so many minutes",
-    "drain_seconds": "how long requests may go on when `twolane restart` wants their instance",
+    "drain_seconds": "seconds that `restart` and `scale` leave an instance to end its requests",
     "log_max_mb": "a log that grows larger moves to NAME.log.1",
     "policy": "how the proxy chooses: least_loaded, round_robin or prefix_affinity",
     "min_prefill_tokens": "prompts shorter than this go to a decode instance alone; 0: never",
@@ -52,6 +52,7 @@ HELP = {
     "otlp_endpoint": "OpenTelemetry collector (OTLP over HTTP) that gets a span tree a request, as http://127.0.0.1:4318",
     "log_dir": "folder of the logs",
     "cache_dir": "folder of the converted default model",
+    "ray": "place the instances on a Ray cluster: its address, or auto (docs/CLUSTER.md)",
 }
 
 

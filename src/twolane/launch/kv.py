@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from twolane.config import Kv, Settings
 from twolane.errors import ConfigError
 
@@ -14,6 +16,19 @@ FILES: dict[Kv, tuple[str, ...]] = {
     "p2pnccl": ("p2p", "p2p_nccl_connector.py"),
 }
 CONNECTORS = "distributed/kv_transfer/kv_connector/v1"
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where an instance is. The default: on one machine, where all are on loopback.
+
+    `host`: what it binds, and where others reach it; empty: not known yet. `secret_file`: what its registrations are
+    signed with. `log_dir`: in place of the settings'.
+    """
+
+    host: str = "127.0.0.1"
+    discovery_host: str = "127.0.0.1"
+    secret_file: str = ""
+    log_dir: str = ""
 
 
 def check_kv(kv: Kv, engine: str, vllm_folder: Path | None) -> None:
@@ -29,12 +44,13 @@ def check_kv(kv: Kv, engine: str, vllm_folder: Path | None) -> None:
 
 
 def kv_config(
-    settings: Settings, role: str, name: str, http_port: int, kv_port: int, discovery: tuple[str, int]
+    settings: Settings, role: str, name: str, http_port: int, kv_port: int, place: Place
 ) -> dict[str, object]:
-    """`--kv-transfer-config` of one instance. `discovery`: host and port at which instances register."""
+    """`--kv-transfer-config` of one instance."""
+    discovery = (place.discovery_host, settings.proxy_port)
     kv = settings.kv
     kv_role = "kv_producer" if role == "prefill" else "kv_consumer"
-    address = f"127.0.0.1:{http_port}"
+    address = f"{place.host}:{http_port}"
     if kv == "nixl":
         return {"kv_connector": "NixlConnector", "kv_role": kv_role}
     if kv == "p2pnccl":
@@ -47,6 +63,8 @@ def kv_config(
             "kv_connector_extra_config": extra | {"send_type": "PUT_ASYNC"},
         }
     extra = {} if settings.transport == "auto" else {"transport": settings.transport}
+    if place.secret_file:
+        extra["registration_secret_file"] = place.secret_file
     return {
         "kv_connector": "TwoLaneConnector",
         "kv_connector_module_path": "twolane.connector",
@@ -54,7 +72,7 @@ def kv_config(
         "kv_port": kv_port,
         "kv_load_failure_policy": "recompute",  # vLLM's default fails the request
         "kv_connector_extra_config": {
-            "host": "127.0.0.1",
+            "host": place.host,
             "http_address": address,
             "name": name,
             "discovery_address": f"{discovery[0]}:{discovery[1]}",

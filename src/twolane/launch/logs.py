@@ -28,7 +28,9 @@ def files_of(settings: Settings, role: str | None = None) -> dict[str, Path]:
         for path in [*sorted(settings.log_dir.glob(f"{name}*.log")), *_of_running(settings.state_dir)]
         if path.stem.partition("-")[0] == name
     }
-    mine = {name: path for name, path in found.items() if role in {None, "all", name, name.partition("-")[0]}}
+    mine = {
+        name: path for name, path in found.items() if role in {None, "all", name, name.partition("-")[0], f"{name}-1"}
+    }
     if role == "supervisor":
         mine = {"supervisor": settings.log_dir / "supervisor.log"}
     if not mine:

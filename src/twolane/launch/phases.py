@@ -7,8 +7,8 @@ FIRST_ANSWER = "serving a first token"
 REGISTERING = "registering"
 READY = "ready"
 STARTING_SERVER = "starting the server"
-DRAINING = "draining"
 RESTARTING = "restarting"
+DRAINING = "draining"  # gets nothing new, ends what it has
 GIVEN_UP = "given up"
 # A line that holds the text means that the phase has begun. In the order in which they come.
 MARKS: tuple[tuple[str, str], ...] = (

@@ -17,15 +17,17 @@ from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.configuration import flag
 from twolane.launch.gpus import assign_gpus
-from twolane.launch.kv import kv_config, kv_env
+from twolane.launch.kv import Place, kv_config, kv_env
 from twolane.launch.options import check_lanes, tensor_parallel_size
 
 Role = Literal["proxy", "prefill", "decode"]
+InstanceRole = Literal["prefill", "decode"]
 Engine = Literal["cpu", "cuda"]
 
 PORT_STEP = 10
 RANKS_PER_INSTANCE = 8
 CPU_MAX_MODEL_LEN = 8192
+UNPLACED = Place(host="")
 CPU_KV_SPACE_GIB = 1
 # Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
 PROXY_OPTIONS = (
@@ -85,8 +87,10 @@ class Plan(msgspec.Struct, frozen=True):
     kv: Kv = "twolane"
     restart_tries: int = 5
     restart_within_s: float = 600.0
-    drain_s: float = 60.0
     log_max_bytes: int = 100_000_000
+    discovery_host: str = "127.0.0.1"
+    secret_file: str = ""  # what registrations are signed with, where they come from other machines
+    settings: Settings = Settings()  # those of `up`: what is added later is started with the same
 
     @property
     def proxy_url(self) -> str:
@@ -94,21 +98,40 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def discovery_address(self) -> str:
-        return f"127.0.0.1:{self.discovery_port}"
+        return f"{self.discovery_host}:{self.discovery_port}"
 
     def instances(self) -> list[ServiceSpec]:
         return [spec for spec in self.services if spec.role != "proxy"]
 
+    def of_role(self, role: str) -> list[ServiceSpec]:
+        return [spec for spec in self.services if spec.role == role]
+
 
 def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
-    """ConfigError if two services would need the same port, or if there are fewer GPUs than needed."""
-    prefill_gpus, decode_gpus = assign_gpus(settings, machine.engine, machine.gpus)
-    given = (settings, machine, model)
-    services = [
-        _proxy(settings, machine),
-        *(_instance(*given, role="prefill", index=i, gpus=prefill_gpus) for i in range(settings.prefill)),
-        *(_instance(*given, role="decode", index=i, gpus=decode_gpus) for i in range(settings.decode)),
-    ]
+    """ConfigError if two services would need the same port, or if there are fewer GPUs than needed.
+
+    With a Ray cluster instances get their GPUs and addresses when Ray has placed them.
+    """
+    if settings.ray:
+        _check_ray(settings)
+        prefill_gpus: GpuGroups = ((),) * settings.prefill
+        decode_gpus: GpuGroups = ((),) * settings.decode
+    else:
+        prefill_gpus, decode_gpus = assign_gpus(settings, machine.engine, machine.gpus)
+    place = UNPLACED if settings.ray else Place()
+    services = [_proxy(settings, machine)]
+    roles: tuple[tuple[InstanceRole, int, GpuGroups], ...] = (
+        ("prefill", settings.prefill, prefill_gpus),
+        ("decode", settings.decode, decode_gpus),
+    )
+    for role, count, groups in roles:
+        names = [role] if count == 1 else [f"{role}-{i + 1}" for i in range(count)]
+        for index, name in enumerate(names):
+            services.append(
+                make_instance(
+                    settings, machine, model, role=role, index=index, name=name, gpus=groups[index], place=place
+                )
+            )
     plan = Plan(
         services=tuple(services),
         model=model,
@@ -118,13 +141,39 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
         kv=settings.kv,
         restart_tries=settings.restart_tries,
         restart_within_s=settings.restart_minutes * 60,
-        drain_s=settings.drain_seconds,
         log_max_bytes=settings.log_max_mb * 1_000_000,
+        settings=settings,
     )
-    _check_collisions(plan)
-    if settings.kv == "twolane":
-        check_lanes({spec.name: spec.argv for spec in plan.instances()})
+    check_plan(plan)
     return plan
+
+
+def _check_ray(settings: Settings) -> None:
+    if settings.kv != "twolane":
+        raise ConfigError(f"--ray needs --kv twolane: vLLM's connector for {settings.kv} signs no registrations")
+    if settings.prefill_gpu or settings.decode_gpu:
+        raise ConfigError(
+            "with --ray it is Ray that gives GPUs out: leave PREFILL_GPU and DECODE_GPU out; several GPUs an "
+            'instance: --vllm-args "--tensor-parallel-size 2"'
+        )
+
+
+def on_cluster(plan: Plan, host: str, networks: tuple[str, ...], secret_file: Path) -> Plan:
+    """The plan for a driver at `host`: instances register there, from these networks, and sign."""
+    proxy, *instances = plan.services
+    argv = [*proxy.argv, "--discovery-host", host, "--registration-secret-file", str(secret_file)]
+    argv += [word for network in networks for word in ("--allow-network", network)]
+    proxy = msgspec.structs.replace(proxy, argv=tuple(argv))
+    return msgspec.structs.replace(
+        plan, services=(proxy, *instances), discovery_host=host, secret_file=str(secret_file)
+    )
+
+
+def check_plan(plan: Plan) -> None:
+    """ConfigError if two services would need the same port, or no KV could move."""
+    _check_collisions(plan)
+    if plan.kv == "twolane":
+        check_lanes({spec.name: spec.argv for spec in plan.instances()})
 
 
 def reachable(host: str) -> str:
@@ -156,39 +205,39 @@ def _is_changed(settings: Settings, key: str) -> bool:
     return bool(getattr(settings, key) != getattr(Settings, key))
 
 
-def _instance(
+def make_instance(
     settings: Settings,
     machine: Machine,
     model: ServedModel,
     *,
-    role: Literal["prefill", "decode"],
+    role: InstanceRole,
     index: int,
-    gpus: GpuGroups,
+    name: str,
+    gpus: tuple[int, ...],
+    place: Place = Place(),  # noqa: B008 - frozen
 ) -> ServiceSpec:
+    """Number `index` of its role, from 0: its ports count on from the settings'."""
     prefill = role == "prefill"
-    count = settings.prefill if prefill else settings.decode
     http_port = (settings.prefill_http_port if prefill else settings.decode_http_port) + PORT_STEP * index
     kv_port = (settings.prefill_kv_port if prefill else settings.decode_kv_port) + PORT_STEP * index
-    name = role if count == 1 else f"{role}-{index + 1}"
-    discovery = ("127.0.0.1", settings.proxy_port)  # on loopback, whatever the proxy's host
     argv = [machine.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model.source]
-    argv += ["--served-model-name", *model.names, "--host", "127.0.0.1", "--port", str(http_port)]
-    argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, discovery))]
-    if len(gpus[index]) > 1:
-        argv += ["--tensor-parallel-size", str(len(gpus[index]))]
+    argv += ["--served-model-name", *model.names, "--host", place.host, "--port", str(http_port)]
+    argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, place))]
+    if len(gpus) > 1:
+        argv += ["--tensor-parallel-size", str(len(gpus))]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
     argv += [*_engine_args(settings, machine, model, given), *given]
     return ServiceSpec(
         name=name,
         role=role,
         argv=tuple(argv),
-        env=_engine_env(settings, machine, model, gpus[index]) | kv_env(settings.kv, kv_port),
-        host="127.0.0.1",
+        env=_engine_env(settings, machine, model, gpus) | kv_env(settings.kv, kv_port),
+        host=place.host,
         http_port=http_port,
         kv_port=kv_port,
-        gpus=gpus[index],
-        gpu_uuids=tuple(machine.gpu_uuids[gpu] for gpu in gpus[index] if gpu in machine.gpu_uuids),
-        log=str(settings.log_dir / f"{name}.log"),
+        gpus=gpus,
+        gpu_uuids=tuple(machine.gpu_uuids[gpu] for gpu in gpus if gpu in machine.gpu_uuids),
+        log=str(Path(place.log_dir or settings.log_dir) / f"{name}.log"),
     )
 
 
@@ -241,9 +290,16 @@ def _check_collisions(plan: Plan) -> None:
         raise ConfigError(f"{highest[0]} would lie above 65535: start lower")
 
 
+def plan_file(state_path: Path) -> Path:
+    return state_path.with_name("plan.json")
+
+
 def save_plan(plan: Plan, path: Path) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
+    """Readers see the old or the new, never a part."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(plan, enc_hook=str)))
+    fresh.replace(path)
 
 
 def load_plan(path: Path) -> Plan:
-    return msgspec.json.decode(path.read_bytes(), type=Plan)
+    return msgspec.json.decode(path.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))

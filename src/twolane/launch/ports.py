@@ -35,7 +35,7 @@ def taken_ports(plan: Plan, names: Collection[str] = ()) -> list[str]:
 
 
 def _wanted(plan: Plan, names: Collection[str]) -> list[tuple[int, str, str, str]]:
-    wanted = [(plan.discovery_port, "127.0.0.1", "PROXY_PORT", "the proxy's discovery")] * (
+    wanted = [(plan.discovery_port, plan.discovery_host, "PROXY_PORT", "the proxy's discovery")] * (
         not names or "proxy" in names
     )
     for spec in plan.services:

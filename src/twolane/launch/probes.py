@@ -9,6 +9,8 @@ from typing import Any
 from twolane.launch.plan import ServiceSpec
 
 PROBE_TIMEOUT_S = 5.0
+# What an engine has to do; blocks in the prefix cache alone count as free.
+BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc")
 TOKEN_TIMEOUT_S = 120.0  # the first token of a cold engine
 
 
@@ -50,6 +52,17 @@ def serves_a_token(spec: ServiceSpec, model_name: str) -> bool:
         return status == 200 and json.loads(answer)["usage"]["completion_tokens"] == 1
     except (OSError, http.client.HTTPException, ValueError, KeyError):
         return False
+
+
+def is_idle(spec: ServiceSpec) -> bool:
+    """Whether its engine has no request and holds no KV blocks for others (P does, until D has them). True if it
+    doesn't say."""
+    try:
+        status, body = request(spec.address, "GET", "/metrics")
+    except (OSError, http.client.HTTPException):
+        return True
+    lines = body.decode(errors="replace").splitlines() if status == 200 else []
+    return not any(line.startswith(BUSY) and float(line.rpartition(" ")[2]) > 0 for line in lines)
 
 
 def instances(proxy_address: str) -> list[dict[str, Any]] | None:

@@ -8,7 +8,6 @@ import time
 import uuid
 from typing import Literal
 
-import msgspec
 import zmq
 
 from twolane.launch.plan import Plan, ServiceSpec
@@ -39,11 +38,6 @@ class Registrar:
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"tcp://{discovery_address}")
-
-    def renew(self) -> None:
-        """The instance is about to be another process."""
-        if self._me.epoch:
-            self._me = msgspec.structs.replace(self._me, epoch=uuid.uuid4().hex)
 
     def tick(self) -> None:
         if time.monotonic() < self._next_s:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -10,19 +11,14 @@ from pathlib import Path
 from twolane.errors import StartError
 from twolane.launch.diagnose import diagnose
 from twolane.launch.logs import Follower
-from twolane.launch.phases import DRAINING, FIRST_ANSWER, IMPORTING, READY, REGISTERING, next_phase
+from twolane.launch.phases import FIRST_ANSWER, IMPORTING, READY, REGISTERING, next_phase
 from twolane.launch.plan import ServiceSpec
 from twolane.launch.process import Child, last_lines
 from twolane.launch.state import ServiceState
 
 TAIL_LINES = 20
 DIAGNOSED_LINES = 200
-PROBED = {
-    FIRST_ANSWER,
-    REGISTERING,
-    READY,
-    DRAINING,
-}  # what the supervisor has found out; older log lines don't change it
+PROBED = {FIRST_ANSWER, REGISTERING, READY}  # what the supervisor has found out; older log lines don't change it
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 STEADY_AFTER_S = 60.0  # ready for this long, and the next restart begins with the shortest wait again
 
@@ -43,9 +39,21 @@ class Service:
         self.child: Child | None = None
         self.changed = True  # the state file does not show the last change yet
         self.state = ServiceState(
-            name=spec.name, role=spec.role, http_port=spec.http_port, log=spec.log, kv_port=spec.kv_port, gpus=spec.gpus
+            name=spec.name,
+            role=spec.role,
+            http_port=spec.http_port,
+            log=spec.log,
+            kv_port=spec.kv_port,
+            gpus=spec.gpus,
+            host=spec.host,
         )
         self.restart_wanted = asyncio.Event()  # somebody asks for a restart
+        self.drain_s = 0.0  # what it has for its requests then
+        self.is_instance = spec.role != "proxy"
+        self.is_placed = True  # `spec` says where it is now
+        self.life: asyncio.Task[None] | None = None  # keeps it running, or, once it is `retiring`, ends it
+        self.retiring = False
+        self._stopping = threading.Lock()  # a task that is cancelled leaves its thread at work
         self._log: Follower | None = None
         self._ready_at_s = 0.0
         self._failures = 0  # since it was last steady
@@ -61,10 +69,13 @@ class Service:
             raise StartError(f"{self.spec.name} can't be started: {error}") from error
         self.state.pid = self.state.pgid = self.child.pgid
         self.state.members = sorted(self.child.recorded, key=lambda member: member.pid)
+        self._follow(Path(self.spec.log))
+        self.enter(IMPORTING if self.spec.role != "proxy" else "starting")
+
+    def _follow(self, log: Path) -> None:
         if self._log:
             self._log.close()
-        self._log = Follower("", Path(self.spec.log), from_start=True)
-        self.enter(IMPORTING if self.spec.role != "proxy" else "starting")
+        self._log = Follower("", log, from_start=True)
 
     def enter(self, phase: str) -> None:
         if phase != self.state.phase:
@@ -112,6 +123,10 @@ class Service:
         self._failures = 0
         self.state.reason, self.changed = "", True
 
+    def clear(self, term_wait_s: float, *, for_good: bool) -> str:  # noqa: ARG002 - see RemoteService
+        """After its end, or (`for_good`) to end it: nothing of it is left. Blocks."""
+        return self.stop(term_wait_s)
+
     def exit_code(self) -> int | None:
         code = self.child.exit_code() if self.child else None
         if code is not None and code != self.state.exit_code:
@@ -120,7 +135,8 @@ class Service:
 
     def stop(self, term_wait_s: float) -> str:
         """Ends its group. Blocks."""
-        return self.child.stop(term_wait_s) if self.child else "was not started"
+        with self._stopping:
+            return self.child.stop(term_wait_s) if self.child else "was not started"
 
     def backoff_s(self) -> float:
         """How long to wait before the restart that is due now."""

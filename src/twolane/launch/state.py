@@ -29,12 +29,14 @@ class ServiceState(msgspec.Struct):
     pgid: int = 0
     members: list[ProcessId] = []
     restarts: int = 0
+    host: str = "127.0.0.1"  # where it is reached; empty: not known yet
+    node: str = ""  # of a Ray cluster
     exit_code: int | None = None  # of the last time it ended
     reason: str = ""  # why it is being restarted, or was given up
 
 
 class State(msgspec.Struct):
-    """`error` and `error_log`: why the start failed, and the last lines of the service that failed."""
+    """`error` and `error_log`: why the start, or that of an instance added later, failed; its last lines."""
 
     supervisor: ProcessId
     overall: Overall
@@ -45,6 +47,8 @@ class State(msgspec.Struct):
     started: float  # Unix time
     error: str = ""
     error_log: list[str] = []
+    wish: str = ""  # id of the last one that was taken
+    retired: list[str] = []  # since then: how they ended, a line each
     format: int = FORMAT
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -63,7 +64,7 @@ def _in_terminal(terminal: Terminal, known: dict[str, Any]) -> ServiceState:
 
 
 def _row(service: ServiceState, known: dict[str, Any]) -> dict[str, Any]:
-    entry = known.get(f"127.0.0.1:{service.http_port}", {})
+    entry = known.get(f"{service.host}:{service.http_port}", {})
     in_flight = sum(e["in_flight"] for e in known.values() if e["role"] == "D") if service.role == "proxy" else None
     pids = [member.pid for member in service.members if member.alive()]
     return {
@@ -71,6 +72,7 @@ def _row(service: ServiceState, known: dict[str, Any]) -> dict[str, Any]:
         "role": service.role,
         "pid": service.pid or None,
         "gpus": list(service.gpus),
+        "node": service.node or None,
         "http_port": service.http_port,
         "kv_port": service.kv_port,
         "state": service.phase,
@@ -107,6 +109,7 @@ def _found(role: str, port: int, state: str, in_flight: int) -> dict[str, Any]:
         "role": role,
         "pid": pid,
         "gpus": [],
+        "node": None,
         "http_port": port,
         "kv_port": None,
         "state": state,
@@ -142,11 +145,13 @@ def print_status(report: dict[str, Any], console: Console) -> None:
         console.print("nothing is running in this folder" + left_over)
         return
     table = Table(box=None, pad_edge=False)
-    columns = COLUMNS + WIDE_COLUMNS * (console.width >= WIDE)
+    columns = list(COLUMNS + WIDE_COLUMNS * (console.width >= WIDE))
+    if any(service["node"] for service in report["services"]):
+        columns[columns.index("role")] = "node"  # the name says the role
     for column in columns:
         table.add_column(column, no_wrap=column != "state")
     for service in report["services"]:
-        table.add_row(*cells(service)[: len(columns)])
+        table.add_row(*cells(service, columns))
     console.print(table)
     for service in report["services"]:
         if service["restarts"]:
@@ -157,25 +162,26 @@ def print_status(report: dict[str, Any], console: Console) -> None:
             console.print(f"{service['name']}: {service['problem']}", markup=False)
 
 
-def cells(service: dict[str, Any]) -> list[str]:
+def cells(service: dict[str, Any], columns: Collection[str]) -> list[str]:
     """One service as the table shows it."""
     ports = [str(port) for port in (service["http_port"], service["kv_port"]) if port]
     memory = service["memory_bytes"]
     load = service["load"]
-    values = (
-        service["name"],
-        service["role"],
-        service["pid"],
-        "+".join(str(gpu) for gpu in service["gpus"]) or None,
-        ",".join(ports),
-        service["state"],
-        None if service["uptime_s"] is None else duration(service["uptime_s"]),
-        None if memory is None else f"{memory / 1e9:.1f} GB",
-        service["in_flight"],
-        load and load["num_waiting"],
-        load and f"{100 * load['free_blocks'] // max(1, load['num_blocks'])}%",
-    )
-    return ["-" if value is None else str(value) for value in values]
+    values = {
+        "instance": service["name"],
+        "role": service["role"],
+        "node": service["node"],
+        "pid": service["pid"],
+        "gpu": "+".join(str(gpu) for gpu in service["gpus"]) or None,
+        "ports": ",".join(ports),
+        "state": service["state"],
+        "uptime": None if service["uptime_s"] is None else duration(service["uptime_s"]),
+        "memory": None if memory is None else f"{memory / 1e9:.1f} GB",
+        "in-flight": service["in_flight"],
+        "waiting": load and load["num_waiting"],
+        "free kv": load and f"{100 * load['free_blocks'] // max(1, load['num_blocks'])}%",
+    }
+    return ["-" if values[column] is None else str(values[column]) for column in columns]
 
 
 def duration(total_s: int) -> str:

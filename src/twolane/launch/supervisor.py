@@ -1,29 +1,34 @@
 """Starts all services, keeps them running, ends them. Runs in the background as `twolane supervise`.
 
 Owns the children and the state file. A child that ends while it is starting ends the start; one that ends later is
-started again, after a wait that grows, and given up after so many tries in so many minutes. On SIGHUP it reads names
-in the file `restart` beside its state file and starts those services again, also those that it gave up.
+started again, after a wait that grows, and given up after so many tries in so many minutes. On SIGHUP it takes the
+wish that a command left beside its state file: services to start again (also those that it gave up), or another plan.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from twolane.errors import StartError
-from twolane.launch import probes, upkeep
-from twolane.launch.diagnose import not_registered
-from twolane.launch.drain import drain
-from twolane.launch.phases import DRAINING, FIRST_ANSWER, GIVEN_UP, READY, REGISTERING, RESTARTING, STARTING_SERVER
-from twolane.launch.plan import Plan
+from twolane.launch import upkeep
+from twolane.launch.drain import drained
+from twolane.launch.phases import DRAINING, GIVEN_UP, READY, RESTARTING
+from twolane.launch.plan import Plan, ServiceSpec, plan_file, save_plan
 from twolane.launch.process import identify
+from twolane.launch.readiness import until_ready
+from twolane.launch.scale import in_order
 from twolane.launch.service import Service, ServiceError, describe_exit
 from twolane.launch.state import Overall, State, write_state
 
@@ -31,25 +36,10 @@ log = logging.getLogger(__name__)
 
 RUN_DIR_PREFIX = "twolane-"
 TICK_S = 0.1
-LOADING_TICK_S = 0.5  # the machine has better things to do then
 LOOK_EVERY_S = 5.0
-PROXY_START_S = 60.0
 PROXY_STOP_S = 35.0  # its own drain takes 30 s at most
 INSTANCE_STOP_S = 15.0
 STARTING_STOP_S = 2.0  # vLLM doesn't hear SIGTERM while it waits for its engine, and there is nothing to lose yet
-
-
-def start_order(plan: Plan) -> list[list[int]]:
-    """Indices of services: the inner lists start side by side, what is in one of them one after the other.
-
-    Instances that share a GPU take turns: each measures the free memory while it starts.
-    """
-    order: list[list[int]] = []
-    for index, spec in enumerate(plan.services):
-        sharing = [turn for turn in order if any(set(plan.services[i].gpus) & set(spec.gpus) for i in turn)]
-        order = [turn for turn in order if turn not in sharing]
-        order.append([*(i for turn in sharing for i in turn), index])
-    return sorted(order)
 
 
 class Supervisor:
@@ -60,8 +50,11 @@ class Supervisor:
         assert me is not None
         self._plan = plan
         self._state_path = state_path
-        self._services = [Service(spec) for spec in plan.services]
+        self._make: Callable[[ServiceSpec], Service] = Service
+        self._services: list[Service] = []
         self._stop = asyncio.Event()
+        self._wished = asyncio.Event()  # a command has left a wish
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # who starts on this GPU
         self._run_dir = Path(tempfile.mkdtemp(prefix=RUN_DIR_PREFIX))
         self._state = State(
             supervisor=me,
@@ -69,17 +62,24 @@ class Supervisor:
             url=plan.proxy_url,
             model_names=plan.model.names,
             run_dir=str(self._run_dir),
-            services=[service.state for service in self._services],
+            services=[],
             started=time.time(),
         )
 
     async def run(self) -> int:
         """Exit code: 0 after a clean stop, 1 if the start failed."""
         self._publish()
+        if self._plan.settings.ray:
+            try:
+                self._make = self._join_cluster()
+            except StartError as error:
+                self._note_failure(error)
+                return 1
+        self._services = [self._make(spec) for spec in self._plan.services]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, upkeep.take_wishes, self._state_path, self._services)
+        loop.add_signal_handler(signal.SIGHUP, self._wished.set)
         try:
             async with asyncio.TaskGroup() as group:
                 work = (self._publish_changes(), self._serve(), upkeep.register(self._plan, self._services))
@@ -93,80 +93,120 @@ class Supervisor:
             await self._shut_down()
         return 1 if self._state.overall == "failed" else 0
 
+    def _join_cluster(self) -> Callable[[ServiceSpec], Service]:
+        from twolane.launch.cluster import Cluster  # noqa: PLC0415 - one machine needs no Ray
+
+        return Cluster(self._plan).service
+
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for turn in start_order(self._plan):
-                group.create_task(self._start_in_turn([self._services[index] for index in turn]))
-        self._enter("up")
-        async with asyncio.TaskGroup() as group:
             for service in self._services:
-                group.create_task(self._keep(service))
+                group.create_task(self._start(service))
+        self._enter("up")
+        async with asyncio.TaskGroup() as lives:
+            for service in self._services:
+                service.life = lives.create_task(self._keep(service))
+            while True:
+                await self._wished.wait()
+                self._wished.clear()
+                if wish := upkeep.take_wish(self._state_path):
+                    self._fulfil(wish, lives)
 
-    async def _start_in_turn(self, services: list[Service]) -> None:
-        for service in services:
+    def _fulfil(self, wish: upkeep.Wish, lives: asyncio.TaskGroup) -> None:
+        self._state.wish, self._state.retired, self._state.error, self._state.error_log = wish.id, [], "", []
+        for service in self._services:
+            service.drain_s = wish.drain_s
+            if service.spec.name in wish.restart and not service.retiring:
+                service.restart_wanted.set()
+        if wish.target:
+            self._head_for(wish.target, lives)
+        self._publish()
+
+    def _head_for(self, target: Plan, lives: asyncio.TaskGroup) -> None:
+        """Begins to end the services that are not in the target, then to start those that are new in it."""
+        names = {spec.name for spec in target.services}
+        for service in self._services:
+            if service.spec.name not in names and not service.retiring:
+                service.retiring = True
+                service.life = lives.create_task(self._retire(service, service.life))
+        leaving = [service.life for service in self._services if service.retiring and service.life]
+        staying = {service.spec.name for service in self._services if not service.retiring}
+        for spec in target.services:
+            if spec.name not in staying:
+                service = self._make(spec)
+                self._services.append(service)
+                service.life = lives.create_task(self._join(service, leaving))
+        self._services.sort(key=lambda service: in_order(service.spec))
+        self._save(target)
+
+    async def _retire(self, service: Service, life: asyncio.Task[None] | None) -> None:
+        """Drains it, stops it, and forgets it."""
+        if life:
+            life.cancel()
+        name, how = service.spec.name, "was not serving"
+        if service.state.phase in {READY, DRAINING}:
+            how = "drained" if await self._drain(service) else "its requests were cut"
+        wait_s = STARTING_STOP_S if how == "was not serving" else INSTANCE_STOP_S
+        end = await asyncio.to_thread(service.stop, wait_s)
+        log.info("service=%s event=retired how=%s end=%s", name, how, end)
+        self._services.remove(service)
+        self._state.retired.append(f"{name}: {how}, {end}")
+        self._publish()
+
+    async def _drain(self, service: Service) -> bool:
+        service.enter(DRAINING)
+        log.info("service=%s event=draining deadline_s=%g", service.spec.name, service.drain_s)
+        return await drained(self._plan, service.spec, service.drain_s)
+
+    async def _join(self, service: Service, leaving: list[asyncio.Task[None]]) -> None:
+        """Starts a new one when those that leave are gone: it may need their ports or GPUs. Then keeps it running."""
+        if leaving:
+            await asyncio.wait(leaving)
+        try:
             await self._start(service)
+        except StartError as error:
+            await asyncio.to_thread(service.stop, INSTANCE_STOP_S)
+            self._services.remove(service)
+            self._save(msgspec.structs.replace(self._plan, services=tuple(s.spec for s in self._services)))
+            self._tell(error)
+            self._publish()
+            return
+        await self._keep(service)
+
+    def _save(self, plan: Plan) -> None:
+        """For the commands, and the next `up`: what is meant to run."""
+        self._plan = plan
+        save_plan(plan, plan_file(self._state_path))
 
     async def _start(self, service: Service) -> None:
-        """Returns when it is ready. StartError if it ends before that, or takes too long."""
-        service.start(self._run_dir / service.spec.name, self._plan.log_max_bytes)
-        log.info("service=%s pid=%d event=started", service.spec.name, service.state.pid)
-        timeout_s = self._plan.start_timeout_s
-        if service.spec.role == "proxy":
-            timeout_s = min(timeout_s, PROXY_START_S)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._until_ready(service)
-        except TimeoutError as error:
-            raise service.error(await asyncio.to_thread(self._why_not_ready, service, timeout_s)) from error
+        """Returns when it is ready. StartError if it ends before that, or takes too long.
+
+        Instances that share a GPU take turns: each measures the free memory while it starts.
+        """
+        async with contextlib.AsyncExitStack() as turns:
+            for gpu in sorted(service.spec.gpus):
+                await turns.enter_async_context(self._turns[gpu])
+            service.start(self._run_dir / service.spec.name, self._plan.log_max_bytes)
+            log.info("service=%s pid=%d event=started", service.spec.name, service.state.pid)
+            await until_ready(self._plan, service)
+        here = {service.spec.name: service.spec}  # Ray may have placed it elsewhere than before
+        placed = tuple(here.get(spec.name, spec) for spec in self._plan.services)
+        if placed != self._plan.services:
+            self._save(msgspec.structs.replace(self._plan, services=placed))
         service.enter(READY)
         log.info("service=%s pid=%d event=ready", service.spec.name, service.state.pid)
-
-    def _why_not_ready(self, service: Service, timeout_s: float) -> str:
-        what = f"was not ready after {timeout_s:.0f} s (it was at: {service.state.phase}; TIMEOUT_SECONDS allows more)"
-        if service.state.phase != REGISTERING:
-            return what
-        known = probes.known_instances(self._plan.proxy_address)
-        plan = self._plan
-        return f"{what}: {not_registered(service.spec.address, plan.discovery_address, plan.kv, known)}"
-
-    async def _until_ready(self, service: Service) -> None:
-        spec, proxy = service.spec, self._plan.proxy_address
-        if spec.role == "proxy":
-            return await self._poll(service, lambda: probes.proxy_answers(proxy))
-        await self._poll(service, lambda: probes.is_healthy(spec), LOADING_TICK_S)
-        service.enter(FIRST_ANSWER)
-        await self._poll(service, lambda: probes.serves_a_token(spec, self._plan.model.names[0]))
-        service.enter(REGISTERING)
-        return await self._poll(service, lambda: probes.is_registered(proxy, spec))
-
-    async def _poll(self, service: Service, probe: Callable[[], bool], loading_tick_s: float = TICK_S) -> None:
-        """Until the probe says yes, asked at every tick, or more rarely while the log says that it loads.
-
-        StartError as soon as the child has ended.
-        """
-        next_s = 0.0
-        while True:
-            service.check_alive()
-            if time.monotonic() >= next_s:
-                if await asyncio.to_thread(probe):
-                    return
-                next_s = time.monotonic() + loading_tick_s
-            service.read_log()
-            if service.state.phase in {STARTING_SERVER, REGISTERING}:
-                next_s = 0.0
-            await asyncio.sleep(TICK_S)
 
     async def _keep(self, service: Service) -> None:
         """Starts it again whenever it ends or somebody asks for it; never returns."""
         while True:
             await self._until_exit(service)
-            await self._drain(service)
             wait_s = self._restart_wait_s(service)
+            if wait_s == 0.0 and service.is_instance and service.state.phase == READY:
+                await self._drain(service)
             service.state.restarts += 1
             service.enter(RESTARTING)
-            await asyncio.to_thread(
-                service.stop, PROXY_STOP_S if service.spec.role == "proxy" else INSTANCE_STOP_S
-            )  # or what its leader left of the group
+            stop_s = INSTANCE_STOP_S if service.is_instance else PROXY_STOP_S
+            await asyncio.to_thread(service.clear, stop_s, for_good=not wait_s)  # or what its leader left of the group
             if wait_s is None:
                 service.enter(GIVEN_UP)
                 log.error("service=%s event=given_up reason=%s", service.spec.name, service.state.reason)
@@ -176,12 +216,6 @@ class Supervisor:
             except StartError as error:
                 log.warning("service=%s event=restart_failed error=%s", service.spec.name, error)
                 await asyncio.to_thread(service.stop, INSTANCE_STOP_S)  # it may be alive, only not ready in time
-
-    async def _drain(self, service: Service) -> None:
-        """Where somebody asked for the restart of an instance that serves. The proxy drains by itself."""
-        if service.exit_code() is None and service.spec.role != "proxy":
-            service.enter(DRAINING)
-            await drain(self._plan, service.spec)
 
     def _restart_wait_s(self, service: Service) -> float | None:
         """How long to wait before it is started again; None to give it up."""
@@ -213,9 +247,12 @@ class Supervisor:
 
     def _note_failure(self, error: StartError) -> None:
         log.error("event=start_failed error=%s", error)
+        self._tell(error)
+        self._enter("failed")
+
+    def _tell(self, error: StartError) -> None:
         self._state.error = str(error)
         self._state.error_log = error.log if isinstance(error, ServiceError) else []
-        self._enter("failed")
 
     async def _shut_down(self) -> None:
         """The proxy first, so that no new request comes; then all instances side by side. Leaves nothing behind."""
@@ -253,6 +290,7 @@ class Supervisor:
     def _publish(self) -> None:
         for service in self._services:
             service.changed = False
+        self._state.services = [service.state for service in self._services]
         write_state(self._state, self._state_path)
 
 

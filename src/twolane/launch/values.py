@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from twolane.config import KV_KINDS, GpuGroups, Policy
+from twolane.config import KV_KINDS, MAX_INSTANCES, GpuGroups, Policy
 from twolane.protocol import Transport
 
-MAX_INSTANCES = 64  # of a role; see plan.py for how ports are counted on
 GPU_LIST = re.compile(r"\d+(\+\d+)*(,\d+(\+\d+)*)*")
 
 
@@ -145,6 +144,7 @@ PARSERS: dict[str, Callable[[object], Any]] = {
     "otlp_endpoint": string,
     "log_dir": path,
     "cache_dir": path,
+    "ray": string,
 }
 
 

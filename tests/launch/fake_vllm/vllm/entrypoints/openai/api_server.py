@@ -8,16 +8,17 @@ from __future__ import annotations
 import argparse
 import http.server
 import json
-import os
 import threading
 import time
+import uuid
 from typing import Any
 
-import msgspec
 import zmq
 
 from twolane.connector.plan import Ended
+from twolane.connector.settings import read_secret
 from twolane.connector.story import Event, Story
+from twolane.protocol import Registration, Role, encode, sign
 
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
@@ -33,6 +34,8 @@ class Engine:
         self.names = names
         self.model = model
         self.moved = 0
+        self.running: list[object] = []
+        self.epoch = uuid.uuid4().hex
         trace_file = (config or {}).get("kv_connector_extra_config", {}).get("trace_file", "")
         self.story = Story("P" if trace_file and config["kv_role"] == "kv_producer" else "D", 0, trace_file)
 
@@ -47,13 +50,14 @@ class Engine:
     def register(self) -> None:
         extra = self.config["kv_connector_extra_config"]
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        address = f"127.0.0.1:{self.config['kv_port']}"
+        address = f"{extra['host']}:{self.config['kv_port']}"
         socket.setsockopt(zmq.IDENTITY, address.encode())
         socket.connect(f"tcp://{extra['discovery_address']}")
-        role = "P" if self.config["kv_role"] == "kv_producer" else "D"
-        me = {"type": role, "http_address": extra["http_address"], "zmq_address": address}
+        role: Role = "P" if self.config["kv_role"] == "kv_producer" else "D"
+        me = Registration(role, extra["http_address"], address, "twolane", self.epoch)
+        secret = read_secret(extra["registration_secret_file"]) if "registration_secret_file" in extra else ""
         while True:
-            socket.send(msgspec.msgpack.encode(me | {"kind": "twolane", "epoch": str(os.getpid())}))
+            socket.send(encode(sign(me, secret, time.time()) if secret else me))
             time.sleep(1)
 
     def usage(self, max_tokens: int) -> dict[str, int]:
@@ -61,7 +65,8 @@ class Engine:
         return {"prompt_tokens": 5, "completion_tokens": num_tokens, "total_tokens": 5 + num_tokens}
 
     def metrics(self) -> str:
-        return f'vllm:prompt_tokens_by_source_total{{engine="0",source="external_kv_transfer"}} {self.moved}.0\n'
+        moved = f'vllm:prompt_tokens_by_source_total{{engine="0",source="external_kv_transfer"}} {self.moved}.0\n'
+        return moved + f'vllm:num_requests_running{{engine="0"}} {len(self.running)}.0\n'
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -85,6 +90,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if params := body.get("kv_transfer_params"):
             self.engine.note_transfer(params)
+        if body.get("slow_s"):  # no parameter of vLLM's
+            self.engine.running.append(body)
+            self.stream_slowly(float(body["slow_s"]))
+            self.engine.running.remove(body)
+            return
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"content": TEXT}} if "messages" in body else {"text": TEXT}
         usage = self.engine.usage(body.get("max_tokens", TOKENS))
@@ -94,6 +104,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
         data = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         self.answer(data.encode(), "text/event-stream")
+
+    def stream_slowly(self, for_s: float) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        until_s = time.monotonic() + for_s
+        while time.monotonic() < until_s:
+            self.wfile.write(b'data: {"choices": [{"index": 0, "text": " two"}]}\n\n')
+            self.wfile.flush()
+            time.sleep(0.1)
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def answer(self, data: bytes, kind: str = "application/json") -> None:
         self.send_response(200)
@@ -113,7 +135,8 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--kv-transfer-config", type=json.loads)
     parser.add_argument("--seed")
-    for ignored in ("--host", "--dtype", "--max-model-len", "--distributed-executor-backend"):
+    parser.add_argument("--host")
+    for ignored in ("--dtype", "--max-model-len", "--distributed-executor-backend"):
         parser.add_argument(ignored)
     parser.add_argument("--enforce-eager", action="store_true")
     given, others = parser.parse_known_args()  # vLLM knows more than these
@@ -123,7 +146,7 @@ def main() -> None:
     print(f"INFO 11-22 16:12:01 [fake] non-default args: seed={given.seed}", flush=True)
     if given.seed != "99" and given.kv_transfer_config:  # else an instance that nobody hears of
         threading.Thread(target=Handler.engine.register, daemon=True).start()
-    Server(("127.0.0.1", given.port), Handler).serve_forever()
+    Server((given.host, given.port), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""Hosts made of network namespaces on one machine, joined by a bridge, with a Ray node on each.
+
+A namespace is held by a process that ends with the test's, and ends with the last process in it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import twolane
+
+SOURCE = Path(twolane.__file__).parent.parent
+FAKE_VLLM = Path(__file__).parent.parent / "launch" / "fake_vllm"
+NETWORK = "10.78.0"
+RAY_PORT = 6399
+STEP_S = 180.0
+NO_HOME_CALLS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+
+
+def why_not() -> str:
+    """Why hosts can't be made here; empty: they can."""
+    if importlib.util.find_spec("ray") is None:
+        return "needs Ray: pip install -e '.[ray]'"
+    for program in ("unshare", "nsenter", "ip"):
+        if shutil.which(program) is None:
+            return f"needs the program {program}"
+    tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, check=False)
+    return "" if tried.returncode == 0 else f"needs root, for network namespaces: {tried.stderr.strip()}"
+
+
+class Host:
+    """One namespace with its address. Number 0 holds the bridge and has none."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.address = f"{NETWORK}.{number}"
+        self._holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self.pid = self._holder.pid
+        own = Path("/proc/self/ns/net").readlink()
+        deadline_s = time.monotonic() + STEP_S
+        while Path(f"/proc/{self.pid}/ns/net").readlink() == own:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        self.run("ip", "link", "set", "lo", "up")
+
+    def inside(self, *argv: str) -> list[str]:
+        return ["nsenter", "--net", "-t", str(self.pid), *argv]
+
+    def run(self, *argv: str, env: dict[str, str] | None = None, timeout_s: float = STEP_S) -> str:
+        done = subprocess.run(
+            self.inside(*argv), env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run in it, but the one that holds it."""
+        mine = Path(f"/proc/{self.pid}/ns/net").readlink()
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != self.pid and Path(f"/proc/{process.pid}/ns/net").readlink() == mine:
+                    found.append(process)
+            except OSError:
+                continue
+        return found
+
+    def kill_all(self) -> None:
+        for process in self.processes():
+            with_pid = process.pid
+            try:
+                os.kill(with_pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def close(self) -> None:
+        self.kill_all()
+        self._holder.kill()
+        self._holder.wait()
+        if self._holder.stdin:
+            self._holder.stdin.close()
+
+
+class Cluster:
+    """So many hosts with a Ray node of so many CPUs each; the first is the head, on which commands run."""
+
+    def __init__(self, folder: Path, num_hosts: int, num_cpus: int, real_engine: bool = False) -> None:
+        self.folder = folder
+        self._ray_dirs: list[Path] = []
+        self._num_cpus = num_cpus
+        path = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        self.env = {
+            **os.environ,
+            **NO_HOME_CALLS,
+            "PYTHONPATH": os.pathsep.join(path if real_engine else [str(FAKE_VLLM), *path]),
+            # beside the ports that Ray gives to its workers, and beside its client server's 10001
+            **{"HTTP_PROXY_PORT": "26010", "PROXY_PORT": "26030", "COLUMNS": "80"},
+        }
+        self.hosts: list[Host] = []
+        self._switch = Host(0)
+        try:
+            self._switch.run("ip", "link", "add", "name", "lan", "type", "bridge")
+            self._switch.run("ip", "link", "set", "lan", "up")
+            for number in range(1, num_hosts + 1):
+                self.hosts.append(self._plug_in(Host(number)))
+                self.start_node(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def _plug_in(self, host: Host) -> Host:
+        port = f"p{host.number}"
+        self._switch.run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid))
+        self._switch.run("ip", "link", "set", port, "master", "lan", "up")
+        host.run("ip", "addr", "add", f"{host.address}/24", "dev", "eth0")
+        host.run("ip", "link", "set", "eth0", "up")
+        return host
+
+    @property
+    def address(self) -> str:
+        return f"{self.hosts[0].address}:{RAY_PORT}"
+
+    def start_node(self, number: int) -> None:
+        host = self.hosts[number - 1]
+        self._ray_dirs.append(Path(tempfile.mkdtemp(prefix="ray-")))  # short: sockets lie in it
+        words = ["start", f"--node-ip-address={host.address}", f"--num-cpus={self._num_cpus}", "--disable-usage-stats"]
+        words += [f"--temp-dir={self._ray_dirs[-1]}", "--object-store-memory=80000000"]
+        head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--ray-client-server-port=9999"]
+        words += head if number == 1 else [f"--address={self.address}"]
+        for attempt in range(3):  # Ray gives up after 30 s, which no setting changes: too soon for a busy machine
+            try:
+                host.run(sys.executable, "-m", "ray.scripts.scripts", *words, env=self.env)
+            except AssertionError:
+                host.kill_all()
+                if attempt == 2:
+                    raise
+            else:
+                return
+
+    def twolane(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.hosts[0].inside(sys.executable, "-m", "twolane.cli", *words),
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def instances(self) -> list[psutil.Process]:
+        """vLLM's servers, on all hosts."""
+        found: list[Any] = []
+        for process in (process for host in self.hosts for process in host.processes()):
+            try:
+                words = process.cmdline()
+            except psutil.Error:
+                continue
+            if "vllm.entrypoints.openai.api_server" in words or any(word.endswith("/reaper.py") for word in words):
+                found.append(process)
+        return found
+
+    def close(self) -> None:
+        for host in [*self.hosts, self._switch]:
+            host.close()
+        for folder in self._ray_dirs:
+            shutil.rmtree(folder, ignore_errors=True)
