@@ -129,8 +129,6 @@ def test_ctrl_c_leaves_nothing_and_it_goes_on_where_it_was(place: Place) -> None
         True,
     )
     (place.folder / "twolane.toml").unlink()
-    short = place.run("--resume", "out", "--budget-minutes", "0.1")
-    assert "the budget was spent before everything was measured" in place.report()["notes"], short.stdout + short.stderr
     killed = place.start("--resume", "out")
     assert killed.stdout is not None
     for line in killed.stdout:
