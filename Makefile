@@ -31,8 +31,8 @@ lint: install  ## ruff and mypy
 test: lint  ## lint, then all tests (they start real engines: over 12 minutes on 2 cores)
 	.venv/bin/python -m pytest
 
-test-cluster: install  ## `twolane up --ray` on hosts made of network namespaces; needs root and Ray (.venv/bin/pip install -e '.[ray]')
-	.venv/bin/python -m pytest -m cluster tests/cluster
+test-cluster: install  ## P and D on hosts made of network namespaces, and `twolane up --ray` there; needs root and Ray (.venv/bin/pip install -e '.[ray]')
+	.venv/bin/python -m pytest -m cluster tests/cluster tests/network
 
 matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
 	$(PYTHON) scripts/matrix.py $(VERSIONS)

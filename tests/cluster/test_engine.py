@@ -12,18 +12,8 @@ import pytest
 
 from tests.cluster.hosts import Cluster, why_not
 from tests.cluster.test_cluster import rows
-from twolane.launch.values import PARSERS, WrongValueError
 
-
-def lacks_transport() -> str:
-    try:
-        PARSERS["transport"]("tcp")
-    except WrongValueError:
-        return "needs a transport between hosts"
-    return ""
-
-
-WHY_NOT = why_not() or lacks_transport()
+WHY_NOT = why_not()
 pytestmark = [
     *(pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)),
     pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),

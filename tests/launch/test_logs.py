@@ -17,6 +17,9 @@ from twolane.launch.process import Child, group_members, identify, last_lines
 COUNTS = "for n in range({}): print(n, 'x' * 40)"
 
 
+PIPE_BYTES = 65_536
+
+
 def numbers(text: str) -> list[int]:
     return [int(line.partition(" ")[0]) for line in text.splitlines()]
 
@@ -34,8 +37,9 @@ def test_rotation_loses_no_line_and_a_follower_sees_them_all(tmp_path: Path) -> 
     assert numbers("".join(seen)) == list(range(2000))
     kept = numbers(log.with_name("prefill.log.1").read_text() + log.read_text())
     assert kept == list(range(kept[0], 2000))
-    assert log.stat().st_size <= 60_000
-    assert log.with_name("prefill.log.1").stat().st_size <= 61_000
+    # A writer that had to wait for its turn finds a whole pipe full, and moves it at once.
+    assert log.stat().st_size <= 60_000 + PIPE_BYTES
+    assert log.with_name("prefill.log.1").stat().st_size <= 60_000 + PIPE_BYTES
 
 
 def test_after_a_childs_end_its_log_holds_all(tmp_path: Path) -> None:

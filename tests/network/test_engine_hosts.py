@@ -15,8 +15,7 @@ from twolane.launch.plan import ServiceSpec
 
 NO_HOSTS = why_not()
 pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(600),
+    *(pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(600)),
     pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS),
 ]
 LENGTHS = [1, 17, 129, 511, 1024]
