@@ -28,7 +28,7 @@ lint: install  ## ruff and mypy
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-test: lint  ## lint, then all tests (they start real engines: over 12 minutes on 2 cores)
+test: lint  ## lint, then all tests (they start real engines: under 30 minutes on 2 cores)
 	.venv/bin/python -m pytest
 
 test-cluster: install  ## P and D on hosts made of network namespaces, and `twolane up --ray` there; needs root and Ray (.venv/bin/pip install -e '.[ray]')
