@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 Role = Literal["P", "D"]
+LANES: dict[Role, Literal["prefill", "decode"]] = {"P": "prefill", "D": "decode"}  # as people and metrics call them
 Kind = Literal["twolane", "nixl", "p2pnccl"]
 Transport = Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"]  # auto: the first of the others that a pair can use
 

@@ -115,6 +115,19 @@ async def hang(call: Call) -> None:
     await call.gone.wait()
 
 
+def paced(num_events: int) -> Behaviour:
+    """A stream of so many events, 20 ms before each."""
+
+    async def pace(call: Call) -> None:
+        call.start_stream()
+        for number in range(num_events):
+            await asyncio.sleep(0.02)
+            await call.event({"number": number})
+        await call.end_stream()
+
+    return pace
+
+
 class ScriptedInstance:
     """An HTTP server on loopback. `calls` holds all requests but health probes and those for /metrics, for which there
     is `tell`; both behaviours may be changed any time."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
-from tests.proxy.scripted import MODEL, Call, cluster
+from tests.proxy.scripted import MODEL, Call, cluster, paced
 
 
 async def test_models_are_relayed_from_a_decode_instance() -> None:
@@ -63,15 +61,8 @@ async def test_unknown_path_is_a_clear_404() -> None:
 
 
 async def test_stats_tell_percentiles() -> None:
-    async def pace(call: Call) -> None:
-        call.start_stream()
-        for number in range(11):
-            await asyncio.sleep(0.02)
-            await call.event({"number": number})
-        await call.end_stream()
-
     async with cluster() as c:
-        c.d.behave = pace
+        c.d.behave = paced(11)
         for _ in range(3):
             await c.complete(stream=True)
         latency = (await c.stats())["latency_ms"]

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from tests.proxy.pages import Scrape, scrape, tell_engine_page
-from tests.proxy.scripted import MODEL, Behaviour, Call, Cluster, cluster, eventually, hang
+from tests.proxy.scripted import MODEL, Behaviour, Cluster, cluster, eventually, hang, paced
 from tests.proxy.test_failover import fail_with_500 as fail
 from tests.proxy.test_failover import once, reset, wait_for_kv
 
@@ -80,15 +80,8 @@ async def test_counts_by_route_and_outcome_after_known_requests() -> None:
 
 
 async def test_histograms_are_whole() -> None:
-    async def pace(call: Call) -> None:
-        call.start_stream()
-        for number in range(4):
-            await asyncio.sleep(0.02)
-            await call.event({"number": number})
-        await call.end_stream()
-
     async with cluster() as c:
-        c.d.behave = pace
+        c.d.behave = paced(4)
         for _ in range(3):
             await c.complete(stream=True)
         page = await scrape(c)

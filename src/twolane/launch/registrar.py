@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from typing import Literal
 
 import zmq
 
 from twolane.launch.plan import Plan, ServiceSpec
-from twolane.protocol import REGISTER_EVERY_S, Kind, Registration, encode
+from twolane.protocol import LANES, REGISTER_EVERY_S, Kind, Registration, Role, encode
 
-TYPES: dict[str, Literal["P", "D"]] = {"prefill": "P", "decode": "D"}
+TYPES: dict[str, Role] = {lane: role for role, lane in LANES.items()}
 
 
 class Registrar:

@@ -18,8 +18,8 @@ from twolane.launch.plan import proxy_address
 from twolane.launch.ports import listener_pid
 from twolane.launch.state import ServiceState, read_state
 from twolane.launch.terminals import Terminal
+from twolane.protocol import LANES
 
-ROLES = {"P": "prefill", "D": "decode"}
 COLUMNS = ("instance", "role", "pid", "gpu", "ports", "state", "uptime", "memory", "in-flight")
 WIDE_COLUMNS = ("waiting", "free kv")  # what the engines say, where a terminal has room for it
 WIDE = 98
@@ -50,7 +50,7 @@ def status(settings: Settings) -> dict[str, Any]:
 
 
 def _in_order(services: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(services, key=lambda row: ("proxy", *ROLES.values()).index(row["role"]))
+    return sorted(services, key=lambda row: ("proxy", *LANES.values()).index(row["role"]))
 
 
 def _in_terminal(terminal: Terminal, known: dict[str, Any]) -> ServiceState:
@@ -97,7 +97,7 @@ def from_proxy(settings: Settings, ports: set[int]) -> list[dict[str, Any]]:
     rows = [_found("proxy", settings.http_proxy_port, "ready", in_flight)]
     for entry in known:
         port = int(entry["address"].rpartition(":")[2])
-        row = _found(ROLES[entry["role"]], port, entry["state"], entry["in_flight"])
+        row = _found(LANES[entry["role"]], port, entry["state"], entry["in_flight"])
         rows.append(row | {"load": entry.get("load"), "problem": entry.get("problem")})
     return [row for row in rows if row["http_port"] not in ports]
 

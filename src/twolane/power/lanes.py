@@ -9,10 +9,9 @@ from typing import Literal
 
 from twolane.power.meter import Joules, Tokens, UpdateInterval
 from twolane.power.nvml import GpuReading
-from twolane.protocol import Role
+from twolane.protocol import LANES, Role
 
 Lane = Literal["prefill", "decode", "both", "other"]
-LANES: dict[Role, Lane] = {"P": "prefill", "D": "decode"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Sample:
 
 
 def lane_of(uuid: str, members: Iterable[Member]) -> Lane:
-    lanes = {LANES[member.role] for member in members if uuid in member.gpus}
+    lanes: set[Lane] = {LANES[member.role] for member in members if uuid in member.gpus}
     return "other" if not lanes else "both" if len(lanes) > 1 else lanes.pop()
 
 

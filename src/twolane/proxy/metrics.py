@@ -17,13 +17,13 @@ from prometheus_client.registry import Collector
 
 from twolane import __version__
 from twolane.errors import RETRY_CAUSES
-from twolane.protocol import Role
+from twolane.protocol import LANES, Role
 from twolane.proxy.admission import Admission
 from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.engines import Engines
 from twolane.proxy.histogram import BOUNDS_S, Histogram
 from twolane.proxy.pool import Instance, Pool, State
-from twolane.proxy.stats import LANES, OUTCOMES, Stats
+from twolane.proxy.stats import OUTCOMES, Stats
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4.encode()
 # Of everything that is told of an instance. Not `instance`: Prometheus uses that for what it scrapes. An address alone

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from twolane.protocol import Role
+from twolane.protocol import LANES, Role
 from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.histogram import Histogram
 from twolane.proxy.pool import Instance
@@ -20,7 +20,6 @@ from twolane.proxy.tracing import RequestTrace
 logger = logging.getLogger(__name__)
 
 _NUM_RECENT = 100
-LANES: dict[Role, str] = {"P": "prefill", "D": "decode"}
 # How a request may end. `open` is for those that haven't.
 OUTCOMES = (
     "ok",
@@ -99,11 +98,13 @@ class Stats:
         self.stories = Stories()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
-        self.num_ended = 0
+
+    @property
+    def num_ended(self) -> int:
+        return self.requests.total()
 
     def ended(self, record: RequestRecord) -> None:
         """The client's part is over. P's last word may still be written into the record."""
-        self.num_ended += 1
         self.requests[record.route, record.outcome] += 1
         if record.alone_because:
             self.alone[record.alone_because] += 1

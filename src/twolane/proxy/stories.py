@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from twolane.errors import NotFoundError
-from twolane.protocol import Role, Story, StoryEvent, clock_identity
+from twolane.protocol import LANES, Role, Story, StoryEvent, clock_identity
 
 if TYPE_CHECKING:
     from twolane.proxy.stats import RequestRecord
@@ -36,7 +36,7 @@ ORDER = (
     *("announce_heard", "prefill_computed", "prefill_answered", "pushed", "landed", "first_step", "first_byte"),
     *("last_token", "last_byte"),
 )
-BY = {name: "prefill" if role == "P" else "decode" for (role, _), name in ENGINE_EVENTS.items()}
+BY = {name: LANES[role] for (role, _), name in ENGINE_EVENTS.items()}
 
 
 @dataclass(frozen=True)
