@@ -18,7 +18,7 @@ LANES: dict[Role, Literal["prefill", "decode"]] = {"P": "prefill", "D": "decode"
 Kind = Literal["twolane", "nixl", "p2pnccl"]
 Transport = Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"]  # auto: the first of the others that a pair can use
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 REGISTER_EVERY_S = 3.0
 LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
 SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
@@ -259,6 +259,14 @@ class Push(Message, frozen=True, tag="push"):
     computed_at_s: float = 0.0
 
 
+class Soon(Message, frozen=True, tag="soon"):
+    """P computes the end of the prompt now, and expects to be through at `at_s` on its CLOCK_MONOTONIC. A forecast: D
+    may use it where P's host is its own, and nothing may depend on it."""
+
+    transfer_id: str
+    at_s: float
+
+
 class Abort(Message, frozen=True, tag="abort"):
     """P writes nothing more for this transfer, and nothing is on its way. D recomputes what has not landed.
 
@@ -274,7 +282,7 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 ToPrefill = Hello | Announce | Credit | Cancel | Ping
-ToDecode = Welcome | Mismatch | Refused | Push | Abort | Pong
+ToDecode = Welcome | Mismatch | Refused | Push | Soon | Abort | Pong
 
 encode = msgspec.msgpack.Encoder().encode
 encode_json = msgspec.json.Encoder().encode

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from twolane.connector.layout import KVLayout, Region
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
+from twolane.connector.transport.pace import Forecast
 from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf
 from twolane.errors import TransferError
 
@@ -104,11 +105,14 @@ class SimCopier:
     def __init__(self, memory: Memory, codes: Codes) -> None:
         self.memory = memory
         self.ops: list[Op] = []
+        self.num_passes = 0
+        self.forecast: Forecast | None = None
         self._codes = codes
 
     def layer_done(self, layer_name: str) -> None: ...
 
     def fence(self) -> Fence:
+        self.num_passes += 1
         return Fence()
 
     def quiesce(self) -> None:

@@ -30,6 +30,7 @@ from tests.connector.sim_transport import (
     SimShmReceive,
 )
 from twolane.connector.decode_side import DecodeSide
+from twolane.connector.head_start import LIMIT_S
 from twolane.connector.host import host_identity
 from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
 from twolane.connector.prefill_side import PrefillSide
@@ -37,6 +38,7 @@ from twolane.connector.settings import ConnectorSettings
 from twolane.connector.story import Story
 from twolane.connector.transport.base import Ticket
 from twolane.connector.transport.hub import Receivers, Senders, SendWay
+from twolane.connector.transport.pace import Forecast
 from twolane.connector.transport.shm import ShmSend
 from twolane.connector.transport.tcp import TcpSend
 from twolane.connector.transport.tcp_receive import TcpReceive
@@ -46,6 +48,7 @@ Way = Literal["direct", "shm", "tcp"]  # direct: P writes to D's blocks itself
 SETTINGS = ConnectorSettings(lease_s=3.0, peer_timeout_s=2.0, transfer_timeout_s=4.0)
 NUM_SLOTS = 4
 SLOT_BYTES = SLOT_ITEMS * ITEM_BYTES
+FORECAST_S = 0.004  # a token: some are due at once, some later
 TURN_S = 0.1  # how often an agent looks at its deadlines, where nothing goes wrong
 FORMAT = KVFormat(2, "tiny", "bytes", BLOCK_SIZE, 1, LAYOUT.signature())
 
@@ -194,6 +197,8 @@ class Prefill(Worker):
         self.side.begin_step(plan, self.world.now_s)
         self.give_back(taken)
         self._forward(self.running.get(compute))
+        self.copier.forecast = Forecast(self.copier.num_passes, self.world.now_s + num_tokens * FORECAST_S)
+        self.side.foretell(self.world.now_s)
         if advance:
             self.side.end_step(advance, self.world.now_s)
         ended, self.ended_now = self.ended_now, set()
@@ -257,6 +262,9 @@ class Decode(Worker):
         self.dropped: set[str] = set()
         self.plan = StepPlan()
         self.steps: list[tuple[StepPlan, Ticket]] = []  # the agent hasn't heard of them
+        self.awaits: list[str] = []  # a step computes with these as soon as nothing is written to their blocks
+        self.awaits_since_s = 0.0
+        self.num_head_starts = 0
 
     # -- Links
 
@@ -303,6 +311,8 @@ class Decode(Worker):
 
     def step(self) -> None:
         """One engine step: requests that don't wait write to their blocks, sooner or later."""
+        if self.awaits and not self._may_go_on():
+            return
         plan, self.plan = self.plan, StepPlan()
         if plan.receive or plan.drop:
             self.steps.append((plan, self.side.fence()))
@@ -317,6 +327,19 @@ class Decode(Worker):
                 self.give_back(self.blocks.pop(req_id))
             else:
                 self._check_contents(handoff, self.blocks[req_id], finished.invalid_block_ids)
+        if not running and (due := self.side.take_due(self.world.now_s)):
+            self.awaits, self.awaits_since_s = due, self.world.now_s
+            self.num_head_starts += len(due)
+
+    def _may_go_on(self) -> bool:
+        """As DecodeAgent.await_started, which has the engine's thread wait."""
+        if early := self.side.open_of(self.awaits):
+            if self.world.now_s > self.awaits_since_s + LIMIT_S:
+                self.side.give_up(early, self.world.now_s)
+            return False
+        self.side.started_early([], self.world.now_s - self.awaits_since_s, self.world.now_s)
+        self.awaits = []
+        return True
 
     def _decode_into(self, running: list[tuple[str, list[int]]]) -> None:
         """A pass that was launched for these requests; by now their blocks may be others'."""
@@ -359,6 +382,7 @@ class Decode(Worker):
         assert not self.waiting, f"never reported: {self.waiting}"
         assert not self.plan.receive
         assert not self.steps
+        assert not self.awaits
         side = self.side
         assert side.is_idle
         assert not [*side._gates, *side._reads, *side._revoked]

@@ -6,12 +6,15 @@ Nothing is decided here. Which hook runs when is told in docs/ARCHITECTURE.md.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
 )
 
 from twolane.connector.load import LoadMeter
@@ -36,6 +39,17 @@ if TYPE_CHECKING:
 
 class TwoLaneMetadata(StepPlan, KVConnectorMetadata):  # type: ignore[misc]  # vLLM is untyped here
     """A StepPlan in the type that vLLM carries from the scheduler to the workers."""
+
+
+@dataclass
+class TwoLaneWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM is untyped here
+    """What the workers tell the scheduler in one step: how many of them expect the last byte of each request soon."""
+
+    due: Counter[str] = field(default_factory=Counter)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> TwoLaneWorkerMetadata:
+        assert isinstance(other, TwoLaneWorkerMetadata)
+        return TwoLaneWorkerMetadata(self.due + other.due)
 
 
 def _model_identity(config: VllmConfig) -> str:
@@ -74,6 +88,7 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         refuse_unsupported(vllm_config, kv_cache_config)
         self._scheduler: PrefillScheduler | DecodeScheduler | None = None
         self._worker: WorkerSide | None = None
+        self._head_start_ms = parse_settings(vllm_config.kv_transfer_config.kv_connector_extra_config).head_start_ms
         self._load = LoadMeter(kv_cache_config.num_blocks, vllm_config.cache_config.block_size)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(_worker_facts(vllm_config, kv_cache_config))
@@ -82,9 +97,15 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
             host = parse_settings(transfer.kv_connector_extra_config).host
             self._scheduler = PrefillScheduler(join_address(host, transfer.kv_port))
         else:
-            self._scheduler = DecodeScheduler(vllm_config.cache_config.block_size)
+            num_ranks = vllm_config.parallel_config.tensor_parallel_size
+            self._scheduler = DecodeScheduler(vllm_config.cache_config.block_size, num_ranks)
 
     # -- scheduler side
+
+    def allow_head_start(self) -> None:
+        """The scheduler can take back what was computed with KV that never came."""
+        if isinstance(self._scheduler, DecodeScheduler):
+            self._scheduler.head_starts.is_allowed = self._head_start_ms > 0
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         self._load.bind(gpu_block_pool)
@@ -117,7 +138,9 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if isinstance(self._scheduler, DecodeScheduler):
-            self._scheduler.on_worker_output(connector_output)
+            told = connector_output.kv_connector_worker_meta
+            due = told.due if isinstance(told, TwoLaneWorkerMetadata) else Counter()
+            self._scheduler.on_worker_output(connector_output, due)
 
     def request_finished(
         self,
@@ -164,6 +187,11 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self._worker is not None
         return self._worker.take_invalid_blocks()
+
+    def build_connector_worker_meta(self) -> TwoLaneWorkerMetadata | None:
+        assert self._worker is not None
+        due = self._worker.take_due()
+        return TwoLaneWorkerMetadata(Counter(due)) if due else None
 
     def get_kv_connector_stats(self) -> TwoLaneStats | None:
         if self._worker is None or not (counts := self._worker.take_counts()):

@@ -13,6 +13,7 @@ import zmq
 from twolane.connector import sockets
 from twolane.connector.agent import Agent
 from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.head_start import GIVE_UP_S, LIMIT_S
 from twolane.connector.plan import StepPlan
 from twolane.connector.register import Registrar
 from twolane.connector.stats import Counters
@@ -65,15 +66,40 @@ class DecodeAgent(Agent):
             with self.lock:
                 self._side.end_step()
 
+    def await_started(self, req_ids: list[str]) -> None:
+        """Before the forward pass that computes with these: returns when nothing is written to their blocks any more,
+        whether all has landed or not. Raises RuntimeError where that can't be had: a wrong token is worse."""
+
+        def is_over() -> bool:
+            return not self._side.open_of(req_ids)
+
+        with self.lock:
+            began_s, early = time.monotonic(), self._side.open_of(req_ids)
+            if not self._landed.wait_for(is_over, LIMIT_S):
+                self._side.give_up(early, time.monotonic())
+                self.wake()
+                if not self._landed.wait_for(is_over, GIVE_UP_S):
+                    raise RuntimeError(f"a transfer that was given up didn't end within {GIVE_UP_S:g} s")
+            now_s = time.monotonic()
+            self._side.started_early(early, now_s - began_s, now_s)
+
     def take_finished(self, *, patient: bool) -> Finished:
         """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for."""
         with self.lock:
             finished = self._side.take_finished()
             if patient and not finished.req_ids and not self._has_reported and self._side.is_waiting:
-                self._landed.wait_for(self._side.has_finished, PATIENCE_S)
+                patience_s = min(PATIENCE_S, max(0.0, self._side.next_due_s() - time.monotonic()))
+                self._landed.wait_for(self._side.has_finished, patience_s)
                 finished = self._side.take_finished()
             self._has_reported = bool(finished.req_ids)
         return finished
+
+    def take_due(self) -> list[str]:
+        """Requests whose last byte is due; each once. A step that computes nothing asks."""
+        with self.lock:
+            due = self._side.take_due(time.monotonic())
+            self._has_reported |= bool(due)
+        return due
 
     def take_counters(self) -> Counters:
         return self._side.take_counters()

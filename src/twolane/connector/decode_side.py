@@ -7,10 +7,13 @@ caller holds the agent's lock.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol
 
 from twolane.connector.agent import logger
+from twolane.connector.head_start import OVERDUE_S, PER_TOKEN_S, POOR_FOR_S, POOR_WAIT_S
 from twolane.connector.peer import Peer
 from twolane.connector.plan import Drop, Ended, Receive, StepPlan
 from twolane.connector.settings import ConnectorSettings
@@ -31,6 +34,7 @@ from twolane.protocol import (
     Pong,
     Push,
     Refused,
+    Soon,
     ToDecode,
     ToPrefill,
     Welcome,
@@ -115,6 +119,7 @@ class DecodeSide:
         self._gates: list[Gate] = []
         self._reads: list[Read] = []
         self._revoked: list[Peer] = []
+        self._late_until_s: dict[str, float] = {}  # address -> until when its forecasts count for nothing
         self._unusable: dict[str, set[str]] = {}  # address -> transports that P chose and D can't attach
         self._landed: list[Incoming] = []  # not reported yet
         self._stepping: list[Incoming] = []  # reported, not computed with yet
@@ -140,10 +145,50 @@ class DecodeSide:
     def take_finished(self) -> Finished:
         """What is over since the last call: each announced request exactly once, also a dropped one."""
         finished, self._finished = self._finished, Finished(set(), set())
+        self._hand_over()
+        return finished
+
+    def _hand_over(self) -> None:
         for incoming in self._landed:
             self._story.note(incoming, "reported")
         self._stepping, self._landed = self._stepping + self._landed, []
-        return finished
+
+    def take_due(self, now_s: float) -> list[str]:
+        """Requests whose last byte is due, for an engine that has nothing else to do; each once (head_start.py)."""
+        due = [
+            one
+            for one in self._open.values()
+            if not one.told_soon and one.is_due(now_s, self._head_start_s(one), OVERDUE_S)
+        ]
+        for incoming in due:
+            incoming.told_soon = True
+        return [incoming.req_id for incoming in due]
+
+    def next_due_s(self) -> float:
+        """When `take_due` will have something, as things look now; infinite if nothing is in sight."""
+        waiting = (one for one in self._open.values() if one.expected_at_s and not one.told_soon)
+        return min((one.expected_at_s - self._head_start_s(one) for one in waiting), default=math.inf)
+
+    def _head_start_s(self, incoming: Incoming) -> float:
+        return self._settings.head_start_ms / 1e3 + incoming.announce.num_tokens * PER_TOKEN_S
+
+    def open_of(self, req_ids: Container[str]) -> list[Incoming]:
+        """Those of these requests to whose blocks something may still be written."""
+        return [one for one in self._open.values() if one.req_id in req_ids]
+
+    def started_early(self, early: list[Incoming], waited_s: float, now_s: float) -> None:
+        """A step waited so long for these, and computes now. A P that was far too late gives no head start for a
+        while."""
+        self._counters.kv_head_starts += len(early)
+        if waited_s > POOR_WAIT_S:
+            self._late_until_s |= {incoming.address: now_s + POOR_FOR_S for incoming in early}
+        self._hand_over()
+
+    def give_up(self, early: list[Incoming], now_s: float) -> None:
+        """A step waits for these and must not wait any longer: their P may write no more."""
+        for address in {one.address for one in early if not one.is_over}:
+            reason = f"prefill instance {address} let a step wait for its last bytes"
+            self._drop_peer(address, Cause.PEER_SILENT, reason, now_s)
 
     @property
     def is_stepping(self) -> bool:
@@ -289,6 +334,8 @@ class DecodeSide:
         match message:
             case Push():
                 self._on_push(peer, message, now_s)
+            case Soon(transfer_id, at_s):
+                self._on_soon(peer, transfer_id, at_s, now_s)
             case Abort(transfer_id, reason):
                 self._on_abort(peer, transfer_id, reason, now_s)
             case Welcome():
@@ -337,6 +384,11 @@ class DecodeSide:
         if incoming is None:
             return
         self._fail_fenced(incoming, Cause.ABORTED, f"prefill instance: {reason}", now_s)
+
+    def _on_soon(self, peer: Peer, transfer_id: str, at_s: float, now_s: float) -> None:
+        incoming = self._open.get(transfer_id) if transfer_id in peer.transfers else None
+        if incoming is not None and peer.is_same_host and now_s >= self._late_until_s.get(peer.address, 0):
+            incoming.expected_at_s = at_s
 
     def _on_push(self, peer: Peer, push: Push, now_s: float) -> None:
         incoming = self._open.get(push.transfer_id) if push.transfer_id in peer.transfers else None

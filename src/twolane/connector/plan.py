@@ -74,6 +74,8 @@ class Ended:
 class StepPlan:
     """Everything for one step. `preempted`: P's requests whose blocks were taken away before this step's forward.
 
+    `started`: D's requests that this step computes with though their last byte may be missing (head_start.py).
+    `may_start_early`: D may say in this step whose last byte is due.
     `is_empty`: nothing is computed in this step. `load`: for the registration; None if it isn't known.
     """
 
@@ -84,5 +86,7 @@ class StepPlan:
     advance: list[Advance] = field(default_factory=list)
     finish: list[Finish] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    may_start_early: bool = False
     is_empty: bool = False
     load: Load | None = None

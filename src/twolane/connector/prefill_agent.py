@@ -115,6 +115,7 @@ class PrefillAgent(Agent):
     def on_tick(self, now_s: float) -> None:
         with self.lock:
             self._side.tick(now_s)
+            self._side.foretell(now_s)
         while self._push_next():
             pass
 

@@ -32,10 +32,13 @@ from twolane.protocol import (
     Pong,
     Push,
     Refused,
+    Soon,
     ToDecode,
     ToPrefill,
     Welcome,
 )
+
+SOON_CHANGES_S = 0.0005  # a forecast that differs by less isn't told again
 
 
 class Links(Protocol):
@@ -115,8 +118,10 @@ class PrefillSide:
                 self._accept(outgoing, early.announce, early.peer)
         for advance in plan.advance:
             scheduled = self._offers.of_request(advance.req_id)
-            if scheduled is not None and not scheduled.computed_at_s:
-                self._story.note(scheduled, "scheduled", now_s)
+            if scheduled is not None:
+                scheduled.computing = (self._transports.num_passes, advance.num_valid_tokens)
+                if not scheduled.computed_at_s:
+                    self._story.note(scheduled, "scheduled", now_s)
         for req_id in plan.preempted:
             if preempted := self._offers.of_request(req_id):
                 if preempted.in_flight:
@@ -298,6 +303,24 @@ class PrefillSide:
             gone.channel.close()
 
     # -- what time and the transports bring
+
+    def foretell(self, now_s: float) -> None:
+        """Says to D when the pass that is being computed will be through, again where that has changed."""
+        if self._settings.fault == "false_soon":
+            self._foretell_falsely(now_s)
+        if (forecast := self._transports.forecast) is None:
+            return
+        for outgoing in self._offers.all():
+            if outgoing.ends_with(forecast.number) and abs(forecast.at_s - outgoing.told_soon_s) > SOON_CHANGES_S:
+                assert outgoing.peer is not None
+                outgoing.told_soon_s = forecast.at_s
+                self._say(outgoing.peer, Soon(outgoing.transfer_id, forecast.at_s))
+
+    def _foretell_falsely(self, now_s: float) -> None:
+        for outgoing in self._offers.all():
+            if outgoing.peer is not None and outgoing.ended is None and not outgoing.told_soon_s:
+                outgoing.told_soon_s = now_s
+                self._say(outgoing.peer, Soon(outgoing.transfer_id, now_s))
 
     def tick(self, now_s: float) -> None:
         """Deadlines."""

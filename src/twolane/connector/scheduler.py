@@ -9,11 +9,13 @@ import hashlib
 import time
 import uuid
 from array import array
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from twolane.connector.agent import logger
+from twolane.connector.head_start import HeadStarts
 from twolane.connector.plan import Advance, Drop, Ended, Finish, Offer, Receive, StepPlan
 from twolane.protocol import HandoffParams, Role, params_from_request_id, split_address
 
@@ -57,8 +59,9 @@ def prompt_digest(request: Request) -> bytes:
 class DecodeScheduler:
     """D's side. A request's transfer is used once: after its first allocation it never waits for KV again."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_ranks: int = 1) -> None:
         self._block_size = block_size
+        self.head_starts = HeadStarts(num_ranks)
         self._fresh: dict[str, HandoffParams] = {}  # seen, no blocks yet
         self._waiting: dict[str, HandoffParams] = {}  # announced, not finished
         self._told: dict[str, str] = {}  # whose end somebody wants to hear of: their transfer ids
@@ -104,20 +107,27 @@ class DecodeScheduler:
         )
 
     def request_finished(self, request: Request) -> tuple[bool, None]:
-        """vLLM itself keeps the blocks of a request that still waits until the worker reports it as received."""
+        """vLLM itself keeps the blocks of a request that still waits until the worker reports it as received. Those of
+        one with a head start are ours to keep until then."""
         params = self._fresh.pop(request.request_id, None) or self._waiting.pop(request.request_id, None)
-        if params is not None:
+        is_written_to = self.head_starts.ended(request.request_id)
+        if params is not None and not request.num_output_tokens:
             self._plan.drop.append(Drop(params.transfer_id, params.remote_address, "the request ended"))
         if transfer_id := self._told.pop(request.request_id, None):
             self._plan.ended.append(Ended(transfer_id, time.monotonic()))
-        return False, None
+        return is_written_to, None
 
-    def on_worker_output(self, output: KVConnectorOutput) -> None:
-        for req_id in output.finished_recving or ():
+    def on_worker_output(self, output: KVConnectorOutput, due: Counter[str]) -> None:
+        """Before vLLM reads it. `due`: how many ranks expect the last byte of each request soon."""
+        received = set(output.finished_recving or ())
+        output.finished_recving = self.head_starts.commit(due, received, self._waiting) or None
+        for req_id in received:
             self._waiting.pop(req_id, None)
 
-    def take_plan(self, _scheduler_output: SchedulerOutput) -> StepPlan:
+    def take_plan(self, scheduler_output: SchedulerOutput) -> StepPlan:
         plan, self._plan = self._plan, StepPlan()
+        plan.started = self.head_starts.started([new.req_id for new in scheduler_output.scheduled_new_reqs])
+        plan.may_start_early = self.head_starts.is_allowed and not scheduler_output.total_num_scheduled_tokens
         return plan
 
 

@@ -25,9 +25,12 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `transport`: how KV moves; `auto` takes the best that both sides have: `cuda_ipc` or `shm` on one host, `nccl` or
     `tcp` between two.
     `slot_bytes`, `num_slots`: P's staging memory, and D's for `tcp`: what it may hold; 0: what suits the device.
+    `head_start_ms`: D's engine takes a request up so long before its last byte is due, if it has nothing else to do,
+    and if its scheduler is `twolane.connector.take_back.make_scheduler`; 0: never.
     `trace_file`: for benchmarks; see story.Story.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
-    `drop_tenth` makes P lose every tenth message to D.
+    `drop_tenth` makes P lose every tenth message to D; `false_soon` makes it say that a prompt's end is due when D
+    announces itself.
     """
 
     host: str = "127.0.0.1"
@@ -41,8 +44,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     transport: Transport = "auto"
     slot_bytes: int = 0
     num_slots: int = 8
+    head_start_ms: float = 6.0
     trace_file: str = ""
-    fault: Literal["", "zero_kv", "drop_tenth"] = ""
+    fault: Literal["", "zero_kv", "drop_tenth", "false_soon"] = ""
 
 
 def read_secret(path: str) -> str:

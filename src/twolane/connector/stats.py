@@ -40,6 +40,7 @@ class Counters:
     kv_received_bytes: int = 0
     kv_receive_failures: dict[str, int] = field(default_factory=dict)
     kv_recomputed_tokens: int = 0
+    kv_head_starts: int = 0
     kv_refused_peers: int = 0
     kv_refused_frames: int = 0
     kv_computed_to_sent_seconds: list[float] = field(default_factory=list)
@@ -69,6 +70,7 @@ HELP = {
     "kv_received_bytes": "Bytes of KV that landed in this decode instance's blocks.",
     "kv_receive_failures": "Transfers that this decode instance didn't receive to the end, by cause.",
     "kv_recomputed_tokens": "Prompt tokens this decode instance computed because a transfer failed.",
+    "kv_head_starts": "Requests that this decode instance took up before their last byte was there, and waited for it.",
     "kv_refused_peers": "Connections to the other side on which no KV can move, since the KV caches don't match.",
     "kv_refused_frames": "Data frames (transport tcp) that were nobody's, or not what was due; thrown away.",
     "kv_computed_to_sent_seconds": "From P's last layer to the last byte read out of P's blocks.",

@@ -49,6 +49,8 @@ class Outgoing:
     story: bool = False  # see protocol.HandoffParams
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
+    computing: tuple[int, int] = (-1, 0)  # the latest pass for it by number, and its tokens that are valid after it
+    told_soon_s: float = 0.0  # when D was told that it ends
     computed_at_s: float = 0.0  # when the last forward pass for it was launched to its end
     fence: Fence = field(default_factory=Fence)  # behind which the last of them are
     announce: Announce | None = None
@@ -132,6 +134,12 @@ class Outgoing:
         assert self.announce is not None
         return select_items(self.announce.block_ids, push.first, push.count, self.items_per_block)
 
+    def ends_with(self, number: int) -> bool:
+        """Whether that forward pass computes the last of what D needs, and all else is there already."""
+        if self.announce is None or self.ended is not None or self.in_flight or self.next_push(1):
+            return False
+        return self.computing[0] == number and self.computing[1] >= self.announce.num_tokens
+
     def lease_over(self, now_s: float, last_word_s: float, lease_s: float) -> bool:
         """Whether blocks were held for `lease_s` since the request ended and since D's last word."""
         if self.done_at_s is None or self.ended is not None:
@@ -175,6 +183,8 @@ class Incoming:
     progress_at_s: float
     story: bool = False  # see protocol.HandoffParams
     announced_at_s: float = 0.0
+    expected_at_s: float = 0.0  # P's forecast of the end; 0: none
+    told_soon: bool = False  # the engine was told of it
     state: IncomingState = IncomingState.ALLOCATED
     next_item: int = 0  # the first that no read was begun for
     landed_items: int = 0
@@ -248,6 +258,12 @@ class Incoming:
     def is_over(self) -> bool:
         self._settle()
         return self.state in (IncomingState.LANDED, IncomingState.FAILED)
+
+    def is_due(self, now_s: float, head_start_s: float, overdue_s: float) -> bool:
+        """Whether the last byte is expected within `head_start_s`, by a forecast that may still be true."""
+        if self.state is not IncomingState.WAITING or not self.expected_at_s:
+            return False
+        return -overdue_s < self.expected_at_s - now_s <= head_start_s
 
     def overdue(self, now_s: float, transfer_timeout_s: float) -> bool:
         waits = self.state in (IncomingState.ALLOCATED, IncomingState.WAITING)

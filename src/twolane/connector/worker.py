@@ -130,7 +130,9 @@ class WorkerSide:
         self._decode: DecodeAgent | None = None
         self._plan = StepPlan()
         self._is_idle = False
+        self._may_start_early = False
         self._invalid_block_ids: set[int] = set()
+        self._due: list[str] = []
 
     def register(self, kv_caches: dict[str, Any]) -> None:
         if self._facts.is_prefill:
@@ -147,8 +149,10 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         self._agent.check()
-        self._plan, self._is_idle = plan, plan.is_empty
+        self._plan, self._is_idle, self._may_start_early = plan, plan.is_empty, plan.may_start_early
         self._agent.begin_step(plan)
+        if plan.started and self._decode is not None:
+            self._decode.await_started(plan.started)
         self._agent.tell_load(plan.load)
 
     def end_forward(self) -> None:
@@ -171,7 +175,14 @@ class WorkerSide:
         assert self._decode is not None
         finished: Finished = self._decode.take_finished(patient=self._is_idle)
         self._invalid_block_ids |= finished.invalid_block_ids
+        if self._may_start_early:
+            self._due += self._decode.take_due()
         return set(), finished.req_ids
+
+    def take_due(self) -> list[str]:
+        """Requests whose last byte is due, since the last call (head_start.py)."""
+        due, self._due = self._due, []
+        return due
 
     def take_invalid_blocks(self) -> set[int]:
         invalid, self._invalid_block_ids = self._invalid_block_ids, set()

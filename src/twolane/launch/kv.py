@@ -15,6 +15,7 @@ FILES: dict[Kv, tuple[str, ...]] = {
     "nixl": ("nixl", "nixl_connector.py"),
     "p2pnccl": ("p2p", "p2p_nccl_connector.py"),
 }
+SCHEDULER = "twolane.connector.take_back.make_scheduler"
 CONNECTORS = "distributed/kv_transfer/kv_connector/v1"
 
 
@@ -79,6 +80,13 @@ def kv_config(
             **extra,
         },
     }
+
+
+def kv_args(settings: Settings, role: str, given: list[str]) -> list[str]:
+    """What belongs to the connector beside its configuration. `given`: the user's own arguments, which come first."""
+    if settings.kv != "twolane" or role == "prefill" or any(word.startswith("--scheduler-cls") for word in given):
+        return []
+    return ["--scheduler-cls", SCHEDULER]  # without it D gives no head start
 
 
 def kv_env(kv: Kv, kv_port: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.configuration import flag
 from twolane.launch.gpus import assign_gpus
-from twolane.launch.kv import Place, kv_config, kv_env
+from twolane.launch.kv import Place, kv_args, kv_config, kv_env
 from twolane.launch.options import check_lanes, tensor_parallel_size
 
 Role = Literal["proxy", "prefill", "decode"]
@@ -226,7 +226,7 @@ def make_instance(
     if len(gpus) > 1:
         argv += ["--tensor-parallel-size", str(len(gpus))]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
-    argv += [*_engine_args(settings, machine, model, given), *given]
+    argv += [*_engine_args(settings, machine, model, given), *kv_args(settings, role, given), *given]
     return ServiceSpec(
         name=name,
         role=role,

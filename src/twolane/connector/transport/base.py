@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from twolane.connector.transport.pace import Forecast
 from twolane.protocol import TransportOffer
 
 Wake = Callable[[], None]  # from any thread: some ticket may be done
@@ -118,6 +119,16 @@ class SendTransports(Protocol):
 
     def fence(self) -> Fence:
         """Engine's thread: a forward pass was launched to its end."""
+        ...
+
+    @property
+    def num_passes(self) -> int:
+        """Engine's thread: forward passes launched to their end; the number of the next one."""
+        ...
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """When the pass whose layers are being computed will be through, once enough of them are."""
         ...
 
     def quiesce(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from typing import Protocol
 
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.base import Fence, Items, Ticket, Wake
+from twolane.connector.transport.pace import Forecast, Pace, marks_every
 
 
 class Copier(Protocol):
@@ -14,6 +16,10 @@ class Copier(Protocol):
     ReceiveTransports.fence. The rest: agent's thread. Slots begin at `address` in this process."""
 
     slot_bytes: int  # what suits this memory, where nothing else is asked for
+    num_passes: int  # see base.SendTransports
+
+    @property
+    def forecast(self) -> Forecast | None: ...
 
     def layer_done(self, layer_name: str) -> None: ...
 
@@ -54,13 +60,27 @@ class HostCopier:
 
     slot_bytes = 8 << 20
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, wake: Wake) -> None:
         self._regions = layout.regions
         self._num_blocks = layout.num_blocks
+        self._layer_index = {region.name: index for index, region in enumerate(layout.regions)}
+        self._marks_every = marks_every(len(layout.regions))
+        self._pace = Pace()
+        self._wake = wake
+        self.num_passes = 0
 
-    def layer_done(self, layer_name: str) -> None: ...
+    @property
+    def forecast(self) -> Forecast | None:
+        return self._pace.forecast
+
+    def layer_done(self, layer_name: str) -> None:
+        index = self._layer_index.get(layer_name)
+        if index is not None and (index + 1) % self._marks_every == 0:
+            self._pace.mark(self.num_passes, (index + 1) / len(self._layer_index), time.monotonic())
+            self._wake()
 
     def fence(self) -> Fence:
+        self.num_passes += 1
         return Fence()
 
     def quiesce(self) -> None: ...

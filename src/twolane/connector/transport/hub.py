@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from twolane.connector.agent import logger
 from twolane.connector.transport.base import Items, ReceiveChannel, SendChannel, Ticket
 from twolane.connector.transport.copier import Copier
+from twolane.connector.transport.pace import Forecast
 from twolane.errors import TransferError
 from twolane.protocol import TransportOffer
 
@@ -80,6 +81,14 @@ class Senders:
         self.layer_done = copier.layer_done
         self.fence = copier.fence
         self.quiesce = copier.quiesce
+
+    @property
+    def num_passes(self) -> int:
+        return self._copier.num_passes
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return self._copier.forecast
 
     def open(self, offers: list[TransportOffer], pid: int, host: str) -> tuple[SendChannel, TransportOffer]:
         reasons = []

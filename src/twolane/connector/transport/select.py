@@ -23,7 +23,7 @@ def senders_for(layout: KVLayout, settings: ConnectorSettings, wake: Wake, polle
         from twolane.connector.transport.cuda import ways  # noqa: PLC0415 - needs torch with CUDA
 
         return ways.senders(layout, settings, wake, poller, zero=zero)
-    copier = HostCopier(layout)
+    copier = HostCopier(layout, wake)
     made: list[SendWay] = []
     if settings.transport in ("auto", "shm"):
         made.append(ShmSend(layout, copier, slot_bytes=settings.slot_bytes, num_slots=settings.num_slots, zero=zero))
@@ -40,7 +40,7 @@ def receivers_for(
         from twolane.connector.transport.cuda import ways  # noqa: PLC0415 - needs torch with CUDA
 
         return ways.receivers(layout, settings, wake, poller)
-    copier = HostCopier(layout)
+    copier = HostCopier(layout, wake)
     made: list[ReceiveWay] = []
     if settings.transport in ("auto", "shm"):
         made.append(ShmReceive(layout, copier))

@@ -15,11 +15,11 @@ from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket, Wake
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, dense_planes, permit_of, planes_of
+from twolane.connector.transport.pace import Forecast, Pace, marks_every
 from twolane.errors import ConfigError
 
 Launch = Callable[[torch.Tensor, int, int], None]  # (block ids, first plane, number of planes), on the current stream
 
-_NUM_MARKS = 8  # how many times a forward pass is marked on its way through the layers
 _MIN_GROUP_BYTES = 4 << 20  # a launch of its own pays from here on
 
 
@@ -78,6 +78,41 @@ class Waiter:
             self._wake()
 
 
+class PaceMaker:
+    """A thread that sees the marks of each forward pass go by. Knows the forecast."""
+
+    def __init__(self, device: torch.device, wake: Wake) -> None:
+        self._device = device
+        self._wake = wake
+        self._pace = Pace()
+        self._queue: SimpleQueue[tuple[int, float, torch.cuda.Event] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="twolane-pace", daemon=True)
+        self._thread.start()
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return self._pace.forecast
+
+    def add(self, number: int, share: float, event: torch.cuda.Event) -> None:
+        """`event` is over when this share of the layers of that pass is computed."""
+        self._queue.put((number, share, event))
+
+    def close(self, timeout_s: float) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        while (mark := self._queue.get()) is not None:
+            number, share, event = mark
+            try:
+                event.synchronize()
+            except RuntimeError:  # the context is lost: the copies say so
+                return
+            self._pace.mark(number, share, time.monotonic())
+            self._wake()
+
+
 class Lane:
     """A stream of copies with its waiter and, once slots are used, a dense buffer on the way to host memory."""
 
@@ -131,8 +166,10 @@ class CudaCopier:
         self._end_plane = list(
             itertools.accumulate((len(region.piece_offsets) for region in layout.regions), initial=0)
         )
-        self._mark_every = -(-len(layout.regions) // _NUM_MARKS)
+        self._mark_every = marks_every(len(layout.regions))
         self._marks: list[tuple[int, torch.cuda.Event]] = []
+        self.num_passes = 0
+        self._pace_maker = PaceMaker(self.device, wake)
         self.following = Lane("follow", self.device, wake)
         self.overtaking = Lane("copy", self.device, wake)
         self._jobs: list[Job] = []
@@ -149,6 +186,10 @@ class CudaCopier:
         copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1, permit=self.always)
         torch.cuda.current_stream(self.device).synchronize()
 
+    @property
+    def forecast(self) -> Forecast | None:
+        return self._pace_maker.forecast
+
     # -- engine's thread
 
     def layer_done(self, layer_name: str) -> None:
@@ -156,11 +197,13 @@ class CudaCopier:
         if index == 0:
             self._marks = []  # of a pass that never came to its end
         if index is not None and (index + 1) % self._mark_every == 0 and index + 1 < len(self._layer_index):
-            self._marks.append((index + 1, self.event_now()))
+            self._marks.append((index + 1, self.event_now(blocking=True)))
+            self._pace_maker.add(self.num_passes, (index + 1) / len(self._layer_index), self._marks[-1][1])
 
     def fence(self) -> Fence:
         marks = [*self._marks, (len(self._layer_index), self.event_now(blocking=True))]
         self._marks = []
+        self.num_passes += 1
         return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
 
     def quiesce(self) -> None:
@@ -331,6 +374,7 @@ class CudaCopier:
         for lane in (self.following, self.overtaking):
             lane.stream.synchronize()
             lane.close(timeout_s=5.0)
+        self._pace_maker.close(timeout_s=5.0)
         for job in self._jobs:
             job.is_through = True
         self.poll()

@@ -1,0 +1,64 @@
+"""vLLM's scheduler, which can take back requests that were computed with KV that never came (see head_start.py).
+
+`--scheduler-cls twolane.connector.take_back.make_scheduler` on D; `twolane up` says so. Without it everything works,
+and D gives no head start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from twolane.connector.agent import logger
+from twolane.connector.connector import TwoLaneConnector
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+
+class TakesBack:
+    """Mixed into vLLM's Scheduler or AsyncScheduler.
+
+    A running request among whose blocks the workers name some as invalid was taken up early, and its KV never came:
+    whoever isn't running has its own way in vLLM, which is enough. All running requests are preempted, which is vLLM's
+    own way to drop the tokens of all steps in flight; a head start is given to an idle engine only, so whoever runs
+    came with that request or after it, and may share its blocks. They are computed anew, from nothing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        connector = getattr(self, "connector", None)
+        if isinstance(connector, TwoLaneConnector):
+            connector.allow_head_start()
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        output = model_runner_output.kv_connector_output
+        if output is not None and output.invalid_block_ids:
+            self._take_back(output.invalid_block_ids)
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def _take_back(self: Any, invalid_block_ids: set[int]) -> None:
+        blocks = {request.request_id: self._block_ids(request.request_id) for request in self.running}
+        hit = [req_id for req_id, block_ids in blocks.items() if not block_ids.isdisjoint(invalid_block_ids)]
+        if not hit:
+            return
+        logger.warning("KV that was due never came: taken back req_ids=%s with=%d", hit, len(blocks) - len(hit))
+        # What holds nothing must not be found in the prefix cache, nor what was computed with it.
+        self.kv_cache_manager.evict_blocks(set().union(*blocks.values()))
+        # It preempts first, and fails where other requests wait for KV, since their blocks can't be forgotten.
+        with contextlib.suppress(RuntimeError):
+            self.reset_prefix_cache(reset_running_requests=True)
+
+    def _block_ids(self: Any, req_id: str) -> set[int]:
+        return {block_id for group in self.kv_cache_manager.get_block_ids(req_id) for block_id in group}
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Any:
+    """What vLLM takes for the scheduler's class: the one it would have taken, with `TakesBack`."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: PLC0415 - slow, and the engine has it already
+    from vllm.v1.core.sched.scheduler import Scheduler  # noqa: PLC0415
+
+    base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    return type("TwoLaneScheduler", (TakesBack, base), {})(vllm_config=vllm_config, **kwargs)

@@ -1,0 +1,51 @@
+"""A head start for KV that never comes: P says that a prompt's end is due long before it is, so D's engine computes with
+nothing. None of it may get out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.engine.conftest import make_prompts
+from tests.engine.stack import (
+    Stack,
+    all_free,
+    complete,
+    completion_body,
+    make_test_plan,
+    wait_for,
+    with_extra,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+NUM_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    made = Stack(make_test_plan(tmp_path_factory.mktemp("hasty-logs")))
+    try:
+        made.start(with_extra(made.spec("prefill"), fault="false_soon"), made.spec("decode"))
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.mark.matrix
+def test_what_was_computed_with_nothing_is_taken_back(hasty: Stack, stack: Stack, single_url: str) -> None:
+    """One prompt that D starts on and gives up, and others behind it that it meets in the same engine."""
+    decode = hasty.instances["decode"]
+    prompts = make_prompts(seed=11, lengths=[4000, 300, 129, 3000])
+    bodies = [completion_body(stack, prompt, NUM_TOKENS) for prompt in prompts]
+    expected = [complete(single_url, body) for body in bodies]
+    assert complete(hasty.url, bodies[0]) == expected[0]
+    metrics = decode.metrics()
+    assert metrics["twolane_kv_head_starts_total"] == 1
+    assert metrics["twolane_kv_recomputed_tokens_total"] > 0
+    assert metrics["vllm:num_preemptions_total"] == 1, "taken back"
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda body: complete(hasty.url, body), bodies)) == expected
+    wait_for("all blocks back", lambda: all_free(hasty.instances.values()), 60)
