@@ -34,7 +34,7 @@ class Row:
 
 def rows(found: dict[str, Any], link: list[dict[str, Any]]) -> list[Row]:
     """`link`: reports of benchmarks.transport. Rows without a figure are left out."""
-    made = [*_alone(found), *_loaded(found), *_stages(found), *_throughput(found), *_links(link), _failed(found)]
+    made = [*_alone(found), *_loaded(found), *_stages(found), *_throughput(found), *_links(link), *_health(found)]
     return [row for row in made if row.values]
 
 
@@ -97,12 +97,13 @@ def _links(link: list[dict[str, Any]]) -> Iterator[Row]:
         yield Row(f"GB/s of a transfer, {what}", rates, LINK_GB_PER_S if key == "running GB/s" else {}, at_least=True)
 
 
-def _failed(found: dict[str, Any]) -> Row:
+def _health(found: dict[str, Any]) -> Iterator[Row]:
+    yield Row("cores kept busy while nobody asks", found["idle_cores"], form=".2f")
     failed: dict[str, float] = {}
     for row in (*found["unloaded"], *found["loaded"]):
         setup = row["route"].partition(": ")[0]
         failed[setup] = failed.get(setup, 0) + row["failed"]
-    return Row("requests that failed", failed, form=".0f")
+    yield Row("requests that failed", failed, form=".0f")
 
 
 def columns(table: list[Row], results: Results) -> list[str]:

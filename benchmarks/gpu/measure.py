@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from benchmarks.gpu.engine import prompt_tokens_by_source, recent_requests
+from benchmarks.gpu.engine import cpu_s, prompt_tokens_by_source, recent_requests
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.record import Part, Record, Results
 from benchmarks.gpu.setups import Route, Setup
@@ -24,11 +24,13 @@ PASSES = 2
 SHARE_UNLOADED = (0.35, 0.5)  # of the time left, in each pass; what they don't need, the parts behind them have
 SHARE_PUSH = (0.3, 1.0)
 PUSH_CONCURRENCY = 4
+IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Live:
-    """A setup that runs. `prefill`: P's own address, where its throughput is measured; empty: it isn't."""
+    """A setup that runs. `prefill`: P's own address, where its throughput is measured; empty: it isn't. `pids`: of its
+    services."""
 
     setup: Setup
     model: str
@@ -36,6 +38,7 @@ class Live:
     proxy: str = ""
     prefill: str = ""
     decode: str = ""
+    pids: tuple[int, ...] = ()
 
 
 class Clock:
@@ -87,6 +90,7 @@ class Measurement:
     async def _all(self, clock: Clock) -> None:
         options = self._options
         await self._warm_up(clock)
+        await self._idle()
         for number in range(PASSES):
             self._say(f"pass {number + 1} of {PASSES}")
             others = options.load_rate or options.push_prompts
@@ -124,6 +128,15 @@ class Measurement:
                 self._results.note("the budget ended while warming up")
                 return
         self._say("warmed up")
+
+    async def _idle(self) -> None:
+        """A setup whose threads spin takes cores from the one that is measured."""
+        before_s = [cpu_s(live.pids) for live in self._lives]
+        await asyncio.sleep(IDLE_S)
+        for live, busy_s in zip(self._lives, before_s, strict=True):
+            if live.pids:
+                self._results.idle_cores[live.setup.name] = round((cpu_s(live.pids) - busy_s) / IDLE_S, 3)
+        self._say(f"idle, cores kept busy: {self._results.idle_cores}")
 
     async def _unloaded(self, number: int, clock: Clock) -> None:
         count = self._options.requests

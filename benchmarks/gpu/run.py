@@ -128,7 +128,7 @@ class Run:
         self._results.beside.update({one.setup.name: number for one in up})
         try:
             if up:
-                self._measure([self._live(one.setup, one.plan) for one in up], end_s)
+                self._measure([self._live(one) for one in up], end_s)
         finally:
             for one in up:
                 self._read_traces(one.setup)
@@ -163,7 +163,8 @@ class Run:
             return False
         return True
 
-    def _live(self, setup: Setup, plan: Plan) -> Live:
+    def _live(self, one: Launched) -> Live:
+        setup, plan, state = one.setup, one.plan, control.running(one.files)
         routes = tuple(routes_of(setup, plan))
         self._results.baselines.update({route.name: route.baseline for route in routes if route.baseline})
         address = {spec.role: spec.address for spec in plan.services}
@@ -175,6 +176,7 @@ class Run:
             proxy=plan.proxy_address if setup.kind != "plain" else "",
             prefill=address["prefill"] if measures_p else "",
             decode=address["decode"] if setup.hands_over else "",
+            pids=tuple(service.pid for service in state.services if service.pid) if state else (),
         )
 
     def _measure(self, lives: list[Live], end_s: float) -> None:
