@@ -120,7 +120,8 @@ class Bench:
         self._source, self._target = memory(self._here), memory(there)
         for index, layer in enumerate(self._source.values()):
             layer.random_(-index - 1, index + 1)
-        self._target["layer.0"].copy_(self._source["layer.0"])  # torch opens peer access by that
+        self._target["layer.0"].copy_(self._source["layer.0"])  # torch opens peer access by that, one way each
+        self._source["layer.0"].copy_(self._target["layer.0"])
         planes = [kernel.planes_of(layout_of(kv, num_blocks)) for kv in (self._source, self._target)]
         self._tables = [kernel.PlaneTable(each, self._here) for each in planes]
         shuffle = random.Random(1)
