@@ -6,9 +6,15 @@ trips over PCIe, which overlap but for the first and the last slot; so `shm` is 
 pinned copies alone. `tcp` copies into a slot, into a socket, out of one, into D's slot and out of it, on the cores that
 there are. Every figure is the median of some pushes of the same size into shuffled blocks, with quartiles.
 
+Two rates: `GB/s` is that of whole calls from Python, until the sender knows of the last byte. `running GB/s` is that
+of the bytes while they move: of `cuda_ipc` between two CUDA events around the kernel, in pushes of their own; of the
+others by the slope from the shortest to the longest prompt, in which what every push costs cancels out.
+
     python -m benchmarks.transport --transport cuda_ipc --target-gpu 1     two GPUs, each process seeing its own
     python -m benchmarks.transport --transport shm --target-gpu 0          one GPU, both processes
     python -m benchmarks.transport --transport shm,tcp --device cpu        no GPU, one after the other
+    python -m benchmarks.transport --transport nccl,nccl@NCCL_P2P_DISABLE=1 --target-gpu 1    NCCL as told
+    python -m benchmarks.transport --sweep --target-gpu 1                  the kernel alone: programs, sizes, warps
 
 The last line is JSON.
 """
@@ -24,11 +30,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
+from benchmarks.transport_gpu import median_kernel_ms, pinned_copies
 
 from twolane.connector.agent import SWITCH_INTERVAL_S
 from twolane.connector.host import host_identity
@@ -43,7 +52,11 @@ BLOCK_TOKENS = 16
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transport", default="cuda_ipc", help="cuda_ipc, shm, nccl, tcp; several with commas")
+    parser.add_argument(
+        "--transport",
+        default="cuda_ipc",
+        help="cuda_ipc, shm, nccl, tcp; several with commas; @NAME=VALUE: the environment",
+    )
     parser.add_argument("--device", default="cuda:0", choices=["cuda:0", "cpu"])
     parser.add_argument("--source-gpu", default="0", help="CUDA_VISIBLE_DEVICES of the sending process")
     parser.add_argument("--target-gpu", default="0", help="CUDA_VISIBLE_DEVICES of the receiving process")
@@ -53,6 +66,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--programs", default="", help="numbers of kernel programs to try, with commas")
     parser.add_argument("--pushes", type=int, default=15, help="measured pushes a size")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="a transport that takes longer is given up")
+    parser.add_argument(
+        "--sweep", action="store_true", help="parameters of the kernel alone; one process sees both GPUs"
+    )
+    parser.add_argument("--sweep-s", type=float, default=50.0, help="when the sweep ends")
+    parser.add_argument("--out", type=Path, help="file for the JSON, which benchmarks.gpu --link takes")
     return parser.parse_args()
 
 
@@ -156,25 +175,31 @@ class Sender:
         return time.perf_counter() - started_s
 
 
-def pinned_copies() -> dict[str, float]:
-    """GB/s of one large pinned copy each way, alone."""
-    host = torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
-    device = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
-    rates = {}
-    for name, source, target in (("to host", device, host), ("to device", host, device)):
-        times = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            started_s = time.perf_counter()
-            target.copy_(source, non_blocking=True)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - started_s)
-        rates[name] = (1 << 30) / statistics.median(times) / 1e9
-    return rates
+def apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One transport's report, from a process of its own: NCCL reads its environment once."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=measure, args=(args, name, theirs))
+    child.start()
+    theirs.close()
+    report: dict[str, Any] = {"transport": name, "error": f"no result within {args.limit_s:g} s"}
+    try:
+        if ours.poll(args.limit_s):
+            report = ours.recv()
+    except EOFError:
+        report["error"] = "its process ended without a result"
+    if "error" in report:
+        print(f"{name}: {report['error']}")
+        child.kill()
+    child.join()
+    return report
 
 
-def measure(args: argparse.Namespace, transport: Transport) -> dict[str, Any]:
-    """One transport's report."""
+def measure(args: argparse.Namespace, name: str, result: Connection) -> None:
+    """In the sending process. `name`: of the transport, with what is added to the environment."""
+    share_the_interpreter()
+    transport, *pairs = name.split("@")
+    os.environ.update({key: value for key, _, value in (pair.partition("=") for pair in pairs)})
     lengths = [int(text) for text in args.tokens.split(",")]
     num_blocks = 2 * max(lengths) // BLOCK_TOKENS
     context = multiprocessing.get_context("spawn")
@@ -183,23 +208,33 @@ def measure(args: argparse.Namespace, transport: Transport) -> dict[str, Any]:
     child = context.Process(target=receive, args=(args, transport, num_blocks, theirs), daemon=True)
     child.start()
     os.environ["CUDA_VISIBLE_DEVICES"] = args.source_gpu
-    report: dict[str, Any] = {"transport": transport, "device": args.device, "pushes": []}
+    report: dict[str, Any] = {"transport": name, "device": args.device, "pushes": []}
     if args.device != "cpu":
         torch.cuda.set_device(0)
         report["gpu"] = torch.cuda.get_device_name(0)
         if transport == "shm":
             report["pinned GB/s"] = pinned_copies()
             print("pinned copies alone, GB/s:", {name: round(rate, 1) for name, rate in report["pinned GB/s"].items()})
-    sender = Sender(args, transport, num_blocks, ours)
+    sender = Sender(args, transport, num_blocks, ours)  # type: ignore[arg-type]
     shuffle = random.Random(1)
     for programs in kernel_programs(args):
+        rows = []
         for length in lengths:
-            row = {"transport": transport, **programs, **timed_pushes(args, sender, shuffle, num_blocks, length)}
-            report["pushes"].append(row)
-            print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
+            row = {"transport": name, **programs, **timed_pushes(args, sender, shuffle, num_blocks, length)}
+            if transport == "cuda_ipc":
+                again = partial(timed_pushes, args, sender, shuffle, num_blocks, length)
+                row["running GB/s"] = row["MB"] / median_kernel_ms(again)
+            rows.append(row)
+        if transport != "cuda_ipc" and len(rows) > 1:
+            rows[-1]["running GB/s"] = (rows[-1]["MB"] - rows[0]["MB"]) / (rows[-1]["ms"] - rows[0]["ms"])
+        for row in rows:
+            print(
+                {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
+        report["pushes"] += rows
     ours.send(None)
     child.join(10)
-    return report
+    result.send(report)
 
 
 def kernel_programs(args: argparse.Namespace) -> Iterator[dict[str, int]]:
@@ -231,9 +266,16 @@ def timed_pushes(
 
 def main() -> None:
     args = parse_args()
-    share_the_interpreter()
-    reports = [measure(args, transport) for transport in args.transport.split(",")]
-    print(json.dumps(reports if len(reports) > 1 else reports[0]))
+    if args.sweep:
+        from benchmarks.transport_sweep import sweep  # noqa: PLC0415 - needs Triton
+
+        report: Any = sweep(args)
+    else:
+        reports = [apart(args, name) for name in args.transport.split(",")]
+        report = reports if len(reports) > 1 else reports[0]
+    if args.out:
+        args.out.write_text(json.dumps(report) + "\n")
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

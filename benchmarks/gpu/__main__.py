@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from typing import NoReturn
 
 from benchmarks.gpu.options import parse
@@ -18,6 +19,7 @@ from benchmarks.gpu.run import Run
 from benchmarks.gpu.saved import finish
 from rich.console import Console
 
+from twolane.bench.service import undisturbed
 from twolane.errors import ConfigError, TwoLaneError
 
 WIDTH = 170  # where there is no terminal to ask
@@ -37,15 +39,17 @@ def main() -> NoReturn:
     except ConfigError as error:
         progress.print(f"{error}")
         sys.exit(2)
-    try:
-        Run(options, results, progress, began_s).run()
-    except TwoLaneError as error:
-        results.note(f"ended early: {error}")
-        code = 1
-    except KeyboardInterrupt:
-        results.note("interrupted")
-        code = 130
-    finish(options, results, console)
+    with ExitStack() as running:
+        try:
+            Run(options, results, progress, began_s, running).run()
+        except TwoLaneError as error:
+            results.note(f"ended early: {error}")
+            code = 1
+        except KeyboardInterrupt:
+            results.note("interrupted")
+            code = 130
+        with undisturbed():
+            finish(options, results, console)
     sys.exit(code)
 
 

@@ -1,10 +1,14 @@
-"""What the proxy and an engine count themselves: blocking questions over HTTP."""
+"""What the proxy and an engine count themselves: blocking questions over HTTP. And what the kernel counts of them."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
+from collections.abc import Iterable
 from typing import Any
+
+import psutil
 
 from twolane.launch.probes import get_json, request
 
@@ -33,3 +37,16 @@ def served_model(address: str) -> str:
     """Empty if nobody answers there."""
     listed = get_json(address, "/v1/models")
     return str(listed["data"][0]["id"]) if listed and listed.get("data") else ""
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU time that these processes and all below them have taken."""
+    total_s = 0.0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(pid)
+            for process in (parent, *parent.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    total_s += times.user + times.system
+    return total_s

@@ -19,6 +19,7 @@ def figures(results: Results) -> dict[str, Any]:
         "stages": stages(results),
         "tokens": tokens(results),
         "received": received(results),
+        "idle_cores": results.idle_cores,
     }
 
 

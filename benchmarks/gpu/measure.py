@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from benchmarks.gpu.engine import prompt_tokens_by_source, recent_requests
+from benchmarks.gpu.engine import cpu_s, prompt_tokens_by_source, recent_requests
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.record import Part, Record, Results
 from benchmarks.gpu.setups import Route, Setup
@@ -19,14 +19,18 @@ from twolane.bench.workload import Ask, poisson, random_prompt
 
 PAUSE_S = 0.02  # so that what a request leaves to be done isn't done in the next one's time
 STATS_EVERY = 20  # turns; the proxy remembers its last 100 requests
-SHARE_UNLOADED = 0.5  # of the time; what they don't need, the parts behind them have
-SHARE_PUSH = 0.5
+# Every part is measured in two passes, for all setups each time: when the budget ends early, each has something of all.
+PASSES = 2
+SHARE_UNLOADED = (0.35, 0.5)  # of the time left, in each pass; what they don't need, the parts behind them have
+SHARE_PUSH = (0.3, 1.0)
 PUSH_CONCURRENCY = 4
+IDLE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Live:
-    """A setup that runs. `prefill`: P's own address, where its throughput is measured; empty: it isn't."""
+    """A setup that runs. `prefill`: P's own address, where its throughput is measured; empty: it isn't. `pids`: of its
+    services."""
 
     setup: Setup
     model: str
@@ -34,6 +38,7 @@ class Live:
     proxy: str = ""
     prefill: str = ""
     decode: str = ""
+    pids: tuple[int, ...] = ()
 
 
 class Clock:
@@ -70,6 +75,7 @@ class Measurement:
         self._options = options
         self._results = results
         self._say = say
+        self._done: Counter[str] = Counter()  # turns of a part
 
     async def run(self, end_s: float) -> None:
         """Returns by `end_s` (monotonic), give or take; what didn't fit is noted."""
@@ -84,13 +90,34 @@ class Measurement:
     async def _all(self, clock: Clock) -> None:
         options = self._options
         await self._warm_up(clock)
-        before = await self._sources()
-        await self._unloaded(clock.part(SHARE_UNLOADED) if options.load_rate or options.push_prompts else clock)
-        await self._note_sources(before)
-        if options.push_prompts:
-            await self._push(clock.part(SHARE_PUSH) if options.load_rate else clock)
-        if options.load_rate:
-            await self._loaded(clock)
+        await self._idle()
+        for number in range(PASSES):
+            self._say(f"pass {number + 1} of {PASSES}")
+            others = options.load_rate or options.push_prompts
+            before = await self._sources()
+            await self._unloaded(number, clock.part(SHARE_UNLOADED[number]) if others else clock)
+            await self._note_sources(before)
+            if options.load_rate:
+                await self._loaded(number, clock)
+            if options.push_prompts:
+                await self._push(number, clock.part(SHARE_PUSH[number]))
+        self._note_what_is_missing()
+
+    def _turns(self, part: str, wanted: int, number: int) -> Iterator[int]:
+        """Of a part, those that are to be done by the end of this pass. Counts them once they are done."""
+        while self._done[part] < -(-wanted * (number + 1) // PASSES):
+            yield self._done[part]
+            self._done[part] += 1
+
+    def _note_what_is_missing(self) -> None:
+        options = self._options
+        wanted = {"unloaded": options.requests}
+        wanted |= {"load": options.load_rounds} if options.load_rate else {}
+        wanted |= {"push": options.push_blocks} if options.push_prompts else {}
+        units = {"unloaded": "requests a length and route", "load": "rounds a route", "push": "pairs of blocks a setup"}
+        for part, count in wanted.items():
+            if self._done[part] < count:
+                self._results.note(f"{part}: {self._done[part]} of {count} {units[part]} fitted into the budget")
 
     # --- one request at a time ----------------------------------------------------------------------------------------
 
@@ -102,11 +129,19 @@ class Measurement:
                 return
         self._say("warmed up")
 
-    async def _unloaded(self, clock: Clock) -> None:
+    async def _idle(self) -> None:
+        """A setup whose threads spin takes cores from the one that is measured."""
+        before_s = [cpu_s(live.pids) for live in self._lives]
+        await asyncio.sleep(IDLE_S)
+        for live, busy_s in zip(self._lives, before_s, strict=True):
+            if live.pids:
+                self._results.idle_cores[live.setup.name] = round((cpu_s(live.pids) - busy_s) / IDLE_S, 3)
+        self._say(f"idle, cores kept busy: {self._results.idle_cores}")
+
+    async def _unloaded(self, number: int, clock: Clock) -> None:
         count = self._options.requests
-        for turn in range(count):
+        for turn in self._turns("unloaded", count, number):
             if not await clock.fits("turn", partial(self._turn, "unloaded", turn)):
-                self._results.note(f"unloaded: {turn} of {count} requests a length and route fitted into the budget")
                 break
             if turn % STATS_EVERY == STATS_EVERY - 1:
                 await asyncio.to_thread(self.fetch_records)
@@ -118,7 +153,8 @@ class Measurement:
         for length in self._options.lengths:
             prompt = random_prompt(self._seed(part, turn, length), length)
             for route in rotated(self._routes, turn):
-                ask = Ask(0.0, prompt, self._options.output, f"{part}-{turn}-{length}", part == "warm-up")
+                output = self._options.output_alone or self._options.output
+                ask = Ask(0.0, prompt, output, f"{part}-{turn}-{length}", part == "warm-up")
                 await self._ask(part, turn, route, ask)
                 await asyncio.sleep(PAUSE_S)
 
@@ -139,12 +175,16 @@ class Measurement:
 
     # --- under load ---------------------------------------------------------------------------------------------------
 
-    async def _loaded(self, clock: Clock) -> None:
-        for turn in range(self._options.load_rounds):
-            for route in rotated(self._routes, turn):
+    async def _loaded(self, number: int, clock: Clock) -> None:
+        """One route after the other; where one instance lives, the pairs' Ds alone would say the same once more."""
+        has_plain = any(live.setup.kind == "plain" for live in self._lives)
+        alone = {route.baseline for route in self._routes} if has_plain else set()
+        routes = [route for route in self._routes if route.name not in alone]
+        for turn in self._turns("load", self._options.load_rounds, number):
+            for route in rotated(routes, turn):
                 if not await clock.fits("load", partial(self._load_round, turn, route)):
                     self._results.note(f"load: {route.name} has {turn} of {self._options.load_rounds} rounds (budget)")
-                    continue
+                    return
                 self._say(f"load: round {turn + 1} of {self._options.load_rounds}, {route.name}")
 
     async def _load_round(self, turn: int, route: Route) -> None:
@@ -164,21 +204,20 @@ class Measurement:
 
     # --- P's throughput -----------------------------------------------------------------------------------------------
 
-    async def _push(self, clock: Clock) -> None:
+    async def _push(self, number: int, clock: Clock) -> None:
         """Blocks of prompts with and without handoff, alternating; who begins changes from pair to pair."""
-        for live in self._lives:
-            if live.prefill:
-                for address in ("", live.prefill):
-                    await self._block("push warm-up", 0, live.routes[0], address, PUSH_CONCURRENCY)
-        for turn in range(self._options.push_blocks):
-            for live in self._lives:
-                work = partial(self._push_pair, turn, live)
-                if live.prefill and not await clock.fits(f"push {live.setup.name}", work):
+        lives = [live for live in self._lives if live.prefill]
+        for turn in self._turns("push", self._options.push_blocks if lives else 0, number):
+            for live in lives:
+                if not await clock.fits(f"push {live.setup.name}", partial(self._push_pair, turn, live)):
                     self._results.note(f"push: {live.setup.name} has {turn} pairs of blocks (budget)")
                     return
             self._say(f"P's throughput: pair {turn + 1} of {self._options.push_blocks}")
 
     async def _push_pair(self, turn: int, live: Live) -> None:
+        if turn == 0:
+            for address in ("", live.prefill):
+                await self._block("push warm-up", 0, live.routes[0], address, PUSH_CONCURRENCY)
         pair = ["", live.prefill]  # through the proxy with handoff; P itself without
         for address in pair if turn % 2 == 0 else reversed(pair):
             await self._block("push", turn, live.routes[0], address, self._options.push_prompts)
@@ -215,7 +254,9 @@ class Measurement:
 
     async def _note_sources(self, before: dict[str, dict[str, float]]) -> None:
         for name, after in (await self._sources()).items():
-            self._results.received[name] = {key: after[key] - before[name].get(key, 0.0) for key in after}
+            counts = self._results.received.setdefault(name, {})
+            for key, count in after.items():
+                counts[key] = counts.get(key, 0.0) + count - before[name].get(key, 0.0)
 
 
 def rotated(routes: list[Route], turn: int) -> list[Route]:

@@ -16,9 +16,9 @@ Examples (from the checkout's folder):
     python -m benchmarks.gpu --model /models/qwen3-4b --prefill-gpu 0 --decode-gpu 0 --setups plain,cuda_ipc --together
   One GPU, one transport after the other, each against its own D asked alone:
     python -m benchmarks.gpu --model /models/qwen3-4b --prefill-gpu 0 --decode-gpu 0 --setups cuda_ipc,shm
-  Two GPUs, everything that this vLLM has, in 25 minutes at most:
-    python -m benchmarks.gpu --model /models/qwen3-4b --prefill-gpu 0 --decode-gpu 1 --budget-s 1500 \\
-        --setups plain,cuda_ipc,nccl,shm,nixl,p2pnccl,aggregated
+  Two GPUs, everything at once, in nine minutes:
+    python -m benchmarks.gpu --model /models/qwen3-4b --prefill-gpu 0 --decode-gpu 1 --budget-s 540 --together \\
+        --setups plain,cuda_ipc,nccl,shm,nixl,aggregated
   Four GPUs, tensor parallelism 2:
     python -m benchmarks.gpu --model /models/llama-3-70b --prefill-gpu 0+1 --decode-gpu 2+3 --setups cuda_ipc
   The same transport with two settings of the connector, alternating:
@@ -35,6 +35,8 @@ class Options:
     """`device`: cuda or cpu; None: what is installed. Lengths and outputs in tokens, `load_rate` in requests a second.
 
     `memory`: vLLM's --gpu-memory-utilization of each instance; None: 0.35 or less where instances share a GPU.
+    `kv_gib`: KV memory of each rank, which makes it possible to start all at once; None: with `together`, enough.
+    `output_alone`: tokens of an answer while requests come one at a time; None: `output`.
     """
 
     setups: tuple[str, ...]
@@ -43,11 +45,13 @@ class Options:
     prefill_gpu: GpuGroups
     decode_gpu: GpuGroups
     memory: float | None
+    kv_gib: float | None
     device: str | None
     lengths: tuple[int, ...]
     requests: int
     warm_ups: int
     output: int
+    output_alone: int | None
     load_rate: float
     load_requests: int
     load_rounds: int
@@ -66,6 +70,7 @@ class Options:
     decode_url: str
     prefill_url: str
     trace_files: tuple[str, ...]
+    link: Path | None
     commit: str
 
     @property
@@ -135,6 +140,13 @@ def _what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prefill-gpu", default="", metavar="N[+N]", help="GPU of P; 0+1: two ranks")
     group.add_argument("--decode-gpu", default="", metavar="N[+N]", help="GPU of D; the same as P's is fine")
     group.add_argument("--memory", type=float, metavar="SHARE", help="--gpu-memory-utilization of each instance")
+    group.add_argument(
+        "--kv-gib",
+        type=float,
+        metavar="GIB",
+        help="KV memory of each instance, so that all start at the same time (default with --together: six of the "
+        "longest prompts; --memory instead: one setup starts after the other)",
+    )
     group.add_argument("--device", choices=("cuda", "cpu"), help="default: cpu where there is no GPU")
 
 
@@ -143,6 +155,7 @@ def _load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--requests", type=int, default=30, help="per length and path, one at a time (default 30)")
     group.add_argument("--warm-ups", type=int, default=3, help="not counted, before those (default 3, also the least)")
     group.add_argument("--output", type=int, default=64, help="tokens of an answer (default 64)")
+    group.add_argument("--output-alone", type=int, help="the same while requests come one at a time (default: as many)")
     group.add_argument("--load-rate", type=float, default=3.0, help="longest prompts a second; 0: no load (default 3)")
     group.add_argument("--load-requests", type=int, default=30, help="in one round of load (default 30)")
     group.add_argument("--load-rounds", type=int, default=2, help="rounds of load a path (default 2)")
@@ -155,11 +168,12 @@ def _how(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--budget-s", type=float, default=1800.0, help="hard bound of the whole run (default 1800)")
     group.add_argument("--timeout-s", type=float, default=120.0, help="of one request (default 120)")
     group.add_argument("--out", type=Path, default=Path("bench-gpu"), help="folder for JSON, logs and traces")
-    group.add_argument("--port-base", type=int, default=34000, help="40 ports a setup from here on (default 34000)")
+    group.add_argument("--port-base", type=int, default=24000, help="40 ports a setup from here on (default 24000)")
     group.add_argument("--vllm-args", help="in place of '--max-num-batched-tokens 8192' (GPUs)")
     group.add_argument("--prefill-args", default="", help="more vLLM options for P")
     group.add_argument("--decode-args", default="", help="more vLLM options for D")
     group.add_argument("--no-trace", dest="trace", action="store_false", help="no stage table, no trace files")
+    group.add_argument("--link", type=Path, metavar="FILE", help="of `benchmarks.transport --out FILE`, for the table")
     group.add_argument("--commit", default="", help="what to call this version where there is no git")
 
 

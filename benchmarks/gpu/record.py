@@ -28,11 +28,13 @@ class Results:
     """Filled as the run goes on, so that whatever there is can be saved at any time.
 
     `proxied`: the proxies' own records, by request id. `received`: tokens by source on D's engine, a setup.
+    `idle_cores`: how many a setup's processes keep busy while nobody asks.
     """
 
     records: list[Record] = field(default_factory=list)
     proxied: dict[str, dict[str, Any]] = field(default_factory=dict)
     received: dict[str, dict[str, float]] = field(default_factory=dict)
+    idle_cores: dict[str, float] = field(default_factory=dict)
     moments: dict[str, dict[str, float]] = field(default_factory=dict)  # by transfer_id
     baselines: dict[str, str] = field(default_factory=dict)  # route -> route
     skipped: dict[str, str] = field(default_factory=dict)  # setup -> why

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.engine import served_model
 from benchmarks.gpu.measure import Live, Measurement
+from benchmarks.gpu.memory import Memory, memory_of
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.record import Results
 from benchmarks.gpu.setups import (
     Setup,
-    memory_share,
     pair_routes,
     parse_setup,
     plan_of,
     routes_of,
     settings_of,
+    starting_at_once,
     trace_file,
     why_not,
 )
 from benchmarks.gpu.trace import by_transfer, read_traces
 from rich.console import Console
 
-from twolane.bench.service import started
-from twolane.config import Settings
+from twolane.bench.service import launched, stop_together
 from twolane.errors import ConfigError, StartError, TwoLaneError
+from twolane.launch import control
 from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine, vllm_folder
 from twolane.launch.model import resolve_model
@@ -36,19 +38,36 @@ from twolane.launch.plan import Machine, Plan, ServedModel
 from twolane.launch.progress import Progress
 from twolane.launch.state import ServiceState
 
-RESERVE_S = 30.0  # of the budget, to stop what runs, print and save; a quarter of a small one
+RESERVE_S = 30.0  # of the budget, to print, save and stop what runs; a quarter of a small one
+MOST_OF_STARTING = 0.5  # of a group's time: a setup that isn't up by then is left out
 ATTACHED = Setup("attached", "twolane", "auto")
 
 
-class Run:
-    """One run of the command. Ctrl+C at any time: what it started is stopped, `results` keeps what there is."""
+@dataclass(frozen=True)
+class Launched:
+    """A setup whose services are starting."""
 
-    def __init__(self, options: Options, results: Results, progress: Console, began_s: float) -> None:
+    setup: Setup
+    plan: Plan
+    files: control.Files
+
+
+class Run:
+    """One run of the command. Ctrl+C at any time: `results` keeps what there is.
+
+    What it starts runs on until the next group starts or `running` is closed, so that results are printed and saved
+    before minutes may go by with stopping.
+    """
+
+    def __init__(
+        self, options: Options, results: Results, progress: Console, began_s: float, running: ExitStack
+    ) -> None:
         self._options = options
         self._results = results
         self._progress = progress
         self._began_s = began_s
         self._end_s = began_s + options.budget_s - min(RESERVE_S, options.budget_s / 4)
+        self._running = running
 
     def run(self) -> None:
         """Raises TwoLaneError if nothing can be measured at all."""
@@ -69,10 +88,13 @@ class Run:
                 for setup in group:
                     self._skip(setup, "the budget was spent before its turn")
                 continue
+            self._running.close()
             self._group(index, group, machine, model, time.monotonic() + left_s / (len(groups) - index))
 
     def _say(self, text: str) -> None:
-        self._progress.print(f"[{time.monotonic() - self._began_s:6.1f} s] {text}", soft_wrap=True)
+        now_s = time.monotonic()
+        times = f"{now_s - self._began_s:6.1f} s, {max(0.0, self._end_s - now_s):4.0f} s left"
+        self._progress.print(f"[{times}] {text}", soft_wrap=True)
 
     def _groups(self, machine: Machine) -> list[list[Setup]]:
         """Setups that live at once, without those that can't run here."""
@@ -89,38 +111,60 @@ class Run:
         self._say(f"{setup.name}: not measured: {reason}")
 
     def _group(self, number: int, setups: list[Setup], machine: Machine, model: ServedModel, end_s: float) -> None:
-        memory = memory_share(setups, self._options, machine)
-        lives = []
+        memory = memory_of(setups, self._options, machine, model)
+        now_s = time.monotonic()
+        up_by_s = now_s + MOST_OF_STARTING * (end_s - now_s)
+        starting: list[Launched] = []
+        up: list[Launched] = []
+        launches = self._running.enter_context(ExitStack())
+        self._running.callback(self._stop, starting)  # all at the same time, before each one's own end
+        for index, setup in enumerate(setups):
+            if one := self._launch(index, setup, memory, machine, model, launches):
+                starting.append(one)
+                if not memory.at_once and self._is_up(one, up_by_s):
+                    up.append(one)
+        if memory.at_once:
+            up = [one for one in starting if self._is_up(one, up_by_s)]
+        self._results.beside.update({one.setup.name: number for one in up})
         try:
-            with ExitStack() as running:
-                for index, setup in enumerate(setups):
-                    settings = settings_of(setup, self._options, machine, index, memory)
-                    try:
-                        plan = plan_of(setup, self._options, settings, machine, model)
-                        self._remove_old_traces(setup)
-                        running.enter_context(self._started(setup, plan, settings, end_s))
-                    except TwoLaneError as error:
-                        self._skip(setup, str(error))
-                        continue
-                    lives.append(self._live(setup, plan))
-                    self._results.beside[setup.name] = number
-                if lives:
-                    self._measure(lives, end_s)
+            if up:
+                self._measure([self._live(one) for one in up], end_s)
         finally:
-            for live in lives:
-                self._read_traces(live.setup)
+            for one in up:
+                self._read_traces(one.setup)
 
-    @contextmanager
-    def _started(self, setup: Setup, plan: Plan, settings: Settings, end_s: float) -> Iterator[None]:
-        """StartError if an instance doesn't come up, or not in time."""
-        self._results.commands[setup.name] = [list(spec.argv) for spec in plan.services]
+    def _stop(self, running: list[Launched]) -> None:
+        stop_together([one.files for one in running])
+        self._say(f"stopped: {', '.join(one.setup.name for one in running)}")
+
+    def _launch(
+        self, index: int, setup: Setup, memory: Memory, machine: Machine, model: ServedModel, launches: ExitStack
+    ) -> Launched | None:
+        """None, with the reason noted, if it can't even begin."""
         try:
-            with started(plan, settings, _Watch(self._say, setup.name, end_s).show):
-                yield
-        finally:
-            self._say(f"{setup.name}: stopped")
+            settings = settings_of(setup, self._options, machine, index, memory.args())
+            plan = plan_of(setup, self._options, settings, machine, model)
+            if memory.at_once:
+                plan = starting_at_once(plan, self._options, setup, machine, memory.at_once)
+            self._remove_old_traces(setup)
+            self._results.commands[setup.name] = [list(spec.argv) for spec in plan.services]
+            return Launched(setup, plan, launches.enter_context(launched(plan, settings)))
+        except TwoLaneError as error:
+            self._skip(setup, str(error))
+            return None
 
-    def _live(self, setup: Setup, plan: Plan) -> Live:
+    def _is_up(self, one: Launched, by_s: float) -> bool:
+        """Waits for it. False, with the reason noted, if it doesn't come up, or not in time: then it is stopped."""
+        try:
+            control.await_start(one.files, _Watch(self._say, one.setup.name, by_s).show)
+        except TwoLaneError as error:
+            self._skip(one.setup, str(error))
+            stop_together([one.files])
+            return False
+        return True
+
+    def _live(self, one: Launched) -> Live:
+        setup, plan, state = one.setup, one.plan, control.running(one.files)
         routes = tuple(routes_of(setup, plan))
         self._results.baselines.update({route.name: route.baseline for route in routes if route.baseline})
         address = {spec.role: spec.address for spec in plan.services}
@@ -132,6 +176,7 @@ class Run:
             proxy=plan.proxy_address if setup.kind != "plain" else "",
             prefill=address["prefill"] if measures_p else "",
             decode=address["decode"] if setup.hands_over else "",
+            pids=tuple(service.pid for service in state.services if service.pid) if state else (),
         )
 
     def _measure(self, lives: list[Live], end_s: float) -> None:
@@ -186,4 +231,4 @@ class _Watch:
                 self._shown[service.name] = service.phase
                 self._say(f"{self._name}: {service.name}: {service.phase}")
         if time.monotonic() > self._end_s:
-            raise StartError("it was not up before its share of the budget ended")
+            raise StartError("it was not up before the share of the budget that is for starting had ended")

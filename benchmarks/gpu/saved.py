@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.gpu.bars import as_json, columns, markdown, rows
 from benchmarks.gpu.figures import figures
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.record import Results
@@ -16,14 +17,29 @@ from rich.console import Console
 
 
 def finish(options: Options, results: Results, console: Console) -> None:
-    """Prints the tables, saves everything with raw times, prints one line of JSON."""
+    """Saves everything with raw times, prints the tables, the one beside the bars last, and one line of JSON."""
     found = figures(results)
-    show(found, results, console)
-    report = {**surroundings(options.commit), "options": asdict(options), "figures": found, "results": results.raw()}
+    table = rows(found, _link(options, results))
+    text = markdown(table, columns(table, results))
+    report = {**surroundings(options.commit), "options": asdict(options), "figures": found, "bars": as_json(table)}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / time.strftime("gpu-%Y%m%d-%H%M%S.json")
-    file.write_text(json.dumps(report, default=str) + "\n")
+    file.write_text(json.dumps(report | {"results": results.raw()}, default=str) + "\n")
+    file.with_suffix(".md").write_text(text + "\n")
+    show(found, results, console)
+    print(text)
     print(json.dumps(summary(found, results) | {"saved": str(file)}), flush=True)
+
+
+def _link(options: Options, results: Results) -> list[dict[str, Any]]:
+    if options.link is None:
+        return []
+    try:
+        reports = json.loads(options.link.read_text())
+    except (OSError, ValueError) as error:
+        results.note(f"--link {options.link}: {error}")
+        return []
+    return reports if isinstance(reports, list) else [reports]
 
 
 def summary(found: dict[str, Any], results: Results) -> dict[str, Any]:

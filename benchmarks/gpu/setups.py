@@ -30,8 +30,6 @@ KINDS: dict[str, Kind] = {
     "aggregated": "aggregated",
 }
 PORTS_A_SETUP = 40
-MOST_OF_A_GPU = 0.84  # of its memory, for all instances on it: each needs some more than its share
-A_SHARE = 0.35
 BATCH = ("--max-num-batched-tokens", "8192")
 
 
@@ -81,7 +79,7 @@ def why_not(setup: Setup, options: Options, machine: Machine, vllm: Path | None)
     """Why this machine can't do it; empty if nothing is known against it. `vllm`: where its package lies."""
     if machine.engine == "cpu" and setup.transport in ("cuda_ipc", "nccl"):
         return "needs GPUs"
-    shared = bool(_gpus(options.prefill_gpu) & _gpus(options.decode_gpu))
+    shared = bool(gpus_of(options.prefill_gpu) & gpus_of(options.decode_gpu))
     if shared and (setup.transport == "nccl" or setup.kind == "p2pnccl"):
         return "NCCL takes no two ranks on one GPU"
     if setup.hands_over:
@@ -92,7 +90,7 @@ def why_not(setup: Setup, options: Options, machine: Machine, vllm: Path | None)
     return ""
 
 
-def _gpus(groups: tuple[tuple[int, ...], ...]) -> set[int]:
+def gpus_of(groups: tuple[tuple[int, ...], ...]) -> set[int]:
     return {gpu for group in groups for gpu in group}
 
 
@@ -101,26 +99,14 @@ def kv_of(setup: Setup) -> Kv:
     return setup.kind if setup.kind in ("twolane", "p2pnccl") else "nixl"
 
 
-def memory_share(setups: list[Setup], options: Options, machine: Machine) -> float | None:
-    """vLLM's --gpu-memory-utilization for each instance of setups that live at once; None: vLLM's own default."""
-    if machine.engine == "cpu" or options.memory is not None:
-        return options.memory
-    prefill, decode = _gpus(options.prefill_gpu), _gpus(options.decode_gpu)
-    num_on: dict[int, int] = {}
-    for setup in setups:
-        for gpus in (decode,) if setup.kind == "plain" else (prefill, decode):
-            for gpu in gpus:
-                num_on[gpu] = num_on.get(gpu, 0) + 1
-    most = max(num_on.values(), default=1)
-    return None if most == 1 else min(A_SHARE, int(100 * MOST_OF_A_GPU / most) / 100)
+def max_model_len(options: Options) -> int:
+    return options.longest + max(options.output, options.output_alone or 0) + 64
 
 
-def settings_of(setup: Setup, options: Options, machine: Machine, index: int, memory: float | None) -> Settings:
-    """`index`: of the setup among those that live at once."""
+def settings_of(setup: Setup, options: Options, machine: Machine, index: int, memory_args: tuple[str, ...]) -> Settings:
+    """`index`: of the setup among those that live at once. `memory_args`: vLLM's options."""
     base = options.port_base + PORTS_A_SETUP * index
     vllm_args = options.vllm_args if options.vllm_args is not None else BATCH if machine.engine == "cuda" else ()
-    if memory is not None:
-        vllm_args = (*vllm_args, "--gpu-memory-utilization", str(memory))
     return Settings(
         model=options.model,
         prefill_gpu=options.prefill_gpu,
@@ -132,8 +118,8 @@ def settings_of(setup: Setup, options: Options, machine: Machine, index: int, me
         prefill_kv_port=base + 10,
         decode_kv_port=base + 20,
         kv=kv_of(setup),
-        max_model_len=options.longest + options.output + 64,
-        vllm_args=("--no-enable-prefix-caching", *vllm_args),
+        max_model_len=max_model_len(options),
+        vllm_args=("--no-enable-prefix-caching", *vllm_args, *memory_args),
         prefill_args=options.prefill_args if setup.hands_over else options.decode_args,
         decode_args=options.decode_args,
         log_dir=options.out / "logs" / setup.name,
@@ -152,6 +138,27 @@ def plan_of(setup: Setup, options: Options, settings: Settings, machine: Machine
     if setup.kind == "twolane":
         services = [with_extra(spec, _extra(setup, options, spec)) for spec in services]
     return msgspec.structs.replace(plan, services=tuple(services))
+
+
+def starting_at_once(plan: Plan, options: Options, setup: Setup, machine: Machine, num_instances: int) -> Plan:
+    """For instances that start at the same time on this machine's GPUs, `num_instances` in all.
+
+    Each compiles for itself, into a folder of its own: vLLM's cache has a file (vllm_compile_cache.py) that isn't
+    written in one piece, and whoever starts late would find it while others write it. Inductor's default is as many
+    compiling processes as there are cores, an instance. No GPU in the plan: no turns are taken.
+    """
+    if machine.engine == "cpu":
+        return plan
+    threads = str(max(1, machine.num_cpus // num_instances))
+
+    def alone(spec: ServiceSpec) -> ServiceSpec:
+        if spec.role == "proxy":
+            return spec
+        cache = str((options.out / "cache" / f"{setup.name}-{spec.name}").absolute())
+        env = spec.env | {"VLLM_CACHE_ROOT": cache, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+        return msgspec.structs.replace(spec, env=env, gpus=())
+
+    return msgspec.structs.replace(plan, services=tuple(alone(spec) for spec in plan.services))
 
 
 def _extra(setup: Setup, options: Options, spec: ServiceSpec) -> dict[str, object]:

@@ -102,7 +102,7 @@ def test_ctrl_c_saves_what_there_is_and_leaves_nothing(place: Place, number: sig
     run = place.start("--setups", "auto", "--requests", "100000", *NO_LOAD)
     assert run.stderr is not None
     for line in run.stderr:
-        if "warmed up" in line:
+        if "pass 1 of" in line:
             break
     time.sleep(1.0)
     run.send_signal(number)

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmarks.gpu.memory import memory_of
 from benchmarks.gpu.options import parse
-from benchmarks.gpu.setups import memory_share, parse_setup, plan_of, routes_of, settings_of, why_not
+from benchmarks.gpu.setups import parse_setup, plan_of, routes_of, settings_of, why_not
 
 from twolane.errors import ConfigError
 from twolane.launch.plan import Machine, Plan, ServedModel
 
 GPU = Machine(engine="cuda", python="python", num_cpus=8, gpus=(0, 1))
+MODEL = ServedModel("/m", ("m",))
 CPU = Machine(engine="cpu", python="python", num_cpus=2)
 SHARED = ["--prefill-gpu", "0", "--decode-gpu", "0"]
 APART = ["--prefill-gpu", "0", "--decode-gpu", "1"]
@@ -20,8 +22,8 @@ APART = ["--prefill-gpu", "0", "--decode-gpu", "1"]
 
 def plan_for(name: str, argv: list[str], machine: Machine = GPU) -> Plan:
     options, setup = parse(["--out", "/tmp/x", *argv]), parse_setup(name)  # noqa: S108 - nothing is written
-    settings = settings_of(setup, options, machine, 1, memory_share([setup], options, machine))
-    return plan_of(setup, options, settings, machine, ServedModel("/m", ("m",)))
+    settings = settings_of(setup, options, machine, 1, memory_of([setup], options, machine, MODEL).args())
+    return plan_of(setup, options, settings, machine, MODEL)
 
 
 def connector_of(plan: Plan, role: str) -> dict[str, object]:
@@ -56,7 +58,7 @@ def test_instances_without_a_connector_all_decode(name: str, num_instances: int)
 def test_a_pair_is_asked_in_two_ways_and_one_is_the_others_baseline() -> None:
     plan = plan_for("shm", SHARED)
     through, alone = routes_of(parse_setup("shm"), plan)
-    assert (through.address, alone.address) == (plan.proxy_address, "127.0.0.1:34043")
+    assert (through.address, alone.address) == (plan.proxy_address, "127.0.0.1:24043")
     assert (through.baseline, alone.baseline) == (alone.name, "")
 
 
@@ -71,7 +73,7 @@ def test_a_pair_is_asked_in_two_ways_and_one_is_the_others_baseline() -> None:
     ],
 )
 def test_instances_share_a_gpus_memory(argv: list[str], setups: list[str], share: float | None) -> None:
-    assert memory_share([parse_setup(name) for name in setups], parse(argv), GPU) == share
+    assert memory_of([parse_setup(name) for name in setups], parse(argv), GPU, MODEL).share == share
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -22,7 +23,15 @@ T = TypeVar("T")
 
 @contextmanager
 def started(plan: Plan, settings: Settings, show: control.Show) -> Iterator[None]:
-    """All of `plan` is ready inside. StartError if it doesn't come up; `show` may raise to end the wait.
+    """All of `plan` is ready inside. StartError if it doesn't come up; `show` may raise to end the wait."""
+    with launched(plan, settings) as files:
+        control.await_start(files, show)
+        yield
+
+
+@contextmanager
+def launched(plan: Plan, settings: Settings) -> Iterator[control.Files]:
+    """All of `plan` is starting inside: `control.await_start` waits for it.
 
     `settings` say where its own files lie; what a run that was killed has left there is ended first.
     """
@@ -32,11 +41,17 @@ def started(plan: Plan, settings: Settings, show: control.Show) -> Iterator[None
         check_ports(plan)
         try:
             control.start_supervisor(plan, files)
-            control.await_start(files, show)
-            yield
+            yield files
         finally:
             with undisturbed():
                 control.stop_all(files)
+
+
+def stop_together(running: Sequence[control.Files]) -> None:
+    """Ends what was launched, all at the same time; whoever launched it finds nothing left to end."""
+    if running:
+        with undisturbed(), ThreadPoolExecutor(len(running)) as pool:
+            list(pool.map(control.stop_all, running))
 
 
 @contextmanager
