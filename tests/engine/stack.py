@@ -102,23 +102,10 @@ class Instance:
     child: Child
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, by name and the labels that tell several of one name apart here."""
-        status, body = request(self.spec.address, "GET", "/metrics")
-        assert status == 200
-        samples: dict[str, float] = {}
-        for line in body.decode().splitlines():
-            if line and not line.startswith("#"):
-                key, _, value = line.rpartition(" ")
-                samples[_short(key)] = float(value)
-        return samples
+        return metrics_of(self.spec)
 
     def tokens_by_source(self) -> dict[str, int]:
-        samples = self.metrics()
-        sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
-        return {
-            source: int(samples.get(f'vllm:prompt_tokens_by_source_total{{source="{source}"}}', 0))
-            for source in sources
-        }
+        return tokens_by_source(self.metrics())
 
     def used_blocks(self) -> float:
         """Share of KV blocks that are not free."""
@@ -130,6 +117,26 @@ class Instance:
     def kill(self) -> None:
         """SIGKILL for every process of the instance; Python's resource trackers last, so that they clean up."""
         kill_members(list(self.child.look()))
+
+
+def metrics_of(spec: ServiceSpec) -> dict[str, float]:
+    """Every sample of /metrics, by name and the labels that tell several of one name apart here."""
+    status, body = request(spec.address, "GET", "/metrics")
+    assert status == 200
+    samples: dict[str, float] = {}
+    for line in body.decode().splitlines():
+        if line and not line.startswith("#"):
+            key, _, value = line.rpartition(" ")
+            samples[_short(key)] = float(value)
+    return samples
+
+
+def tokens_by_source(samples: dict[str, float]) -> dict[str, int]:
+    """Where the prompts' tokens came from."""
+    sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
+    return {
+        source: int(samples.get(f'vllm:prompt_tokens_by_source_total{{source="{source}"}}', 0)) for source in sources
+    }
 
 
 def _short(key: str) -> str:

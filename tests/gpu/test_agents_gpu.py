@@ -65,7 +65,7 @@ def ways() -> list[object]:
         pytest.param(Way("tcp", first, first, num_kills=20), marks=gpu, id="gpu-tcp"),
         pytest.param(Way("cuda_ipc", first, first, num_kills=50), marks=gpu, id="gpu-cuda_ipc"),
         pytest.param(Way("cuda_ipc", first, second, num_kills=10), marks=two, id="two-gpus-cuda_ipc"),
-        pytest.param(Way("nccl", first, second, num_kills=10), marks=two, id="two-gpus-nccl"),
+        pytest.param(Way("nccl", first, second, num_kills=10, wave=5), marks=two, id="two-gpus-nccl"),
     ]
     if ON_CPU:
         made += [
