@@ -1,6 +1,6 @@
 """Real instances with a tiny model, questions whose answers can be compared, and what a GPU's memory holds.
 
-All in float32, through Triton's attention. Answers are compared with D's own, asked alone: the same process and kernels.
+All in float32, through Triton's attention. Answers are compared with those of D asked alone: the same kernels.
 """
 
 from __future__ import annotations
