@@ -310,7 +310,8 @@ def test_many_kills_of_p_leave_nothing_in_d(request: pytest.FixtureRequest, way:
         resident_mib=(rss_before, rss_after),
     )
     assert after[:2] == before[:2]
-    assert before[2] - after[2] < way.num_kills / 4, "GPU memory: not even 1 MiB in four kills"
+    slack_mib = 16 if way.transport == "nccl" else 0  # NCCL's pools
+    assert before[2] - after[2] < way.num_kills / 4 + slack_mib, "GPU memory: not even 1 MiB in four kills"
 
 
 def start_wave(way: Way) -> list[TargetProcess]:
