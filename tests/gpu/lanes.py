@@ -144,10 +144,11 @@ def judge(got: list[Answer], wanted: list[Answer]) -> tuple[list[int], int]:
 
 @dataclass
 class Stream:
-    """One streamed answer: tokens, and when each came."""
+    """One streamed answer: tokens, and when each came; and the event that says that it failed."""
 
     tokens: list[int] = field(default_factory=list)
     at_s: list[float] = field(default_factory=list)
+    error: object = None
 
     def read(self, stack: Stack, prompt: list[int], num_tokens: int, leave_after_s: float | None = None) -> None:
         body = completion_body(stack, prompt, num_tokens, stream=True)
@@ -167,6 +168,7 @@ class Stream:
             connection.close()
 
     def _add(self, event: dict[str, Any]) -> None:
+        self.error = event.get("error", self.error)
         for choice in event.get("choices", []):
             self.tokens += choice.get("token_ids") or []
             self.at_s.append(time.monotonic())

@@ -250,8 +250,12 @@ def test_d_killed_in_mid_transfer_and_p_goes_on_with_the_next_d(request: pytest.
     before_mib = gpu_mib(pair.prefill)
     long_prompts, stream_prompts = make_prompts(11, [4000] * 8), make_prompts(12, [64] * 2)
     with ThreadPoolExecutor(len(long_prompts) + len(stream_prompts)) as pool:
-        streams = [pool.submit(Stream().read, pair.stack, prompt, 3000) for prompt in stream_prompts]
-        wait_for("streams on D", lambda: pair.decode.running() == len(streams), 60)
+        streams = [Stream() for _ in stream_prompts]
+        reading = [
+            pool.submit(stream.read, pair.stack, prompt, 3000)
+            for stream, prompt in zip(streams, stream_prompts, strict=True)
+        ]
+        wait_for("streams on D", lambda: all(len(stream.tokens) > 10 for stream in streams), 60)
         asked = [pool.submit(how_it_ended, pair.stack, prompt) for prompt in long_prompts]
         wait_for("KV on its way", lambda: is_moving(pair), 30)
         pair.decode.kill()
@@ -259,7 +263,7 @@ def test_d_killed_in_mid_transfer_and_p_goes_on_with_the_next_d(request: pytest.
         free_s = wait_for("P's blocks", lambda: all_free([pair.prefill]), AT_ONCE_S)
         ended = [one.result() for one in asked]
         ended_s = time.monotonic() - gone_s
-        cut = [one.exception() for one in streams]
+        cut = [one.exception() or stream.error for one, stream in zip(reading, streams, strict=True)]
     without_d_mib, started_s = gpu_mib(pair.prefill), time.monotonic()
     (short,) = make_prompts(13, [200])
     complete(f"http://{pair.prefill.spec.address}", completion_body(pair.stack, short, 1))
@@ -332,7 +336,7 @@ def test_p_killed_in_mid_transfer_while_d_decodes_and_d_goes_on_with_the_next_p(
         longest_itl_before_s=before,
         longest_itl_during_s=during,
         streams_running_at_the_kill=still,
-        transfers_failed=failures,
+        transfers_failed={cause: count for cause, count in failures.items() if count},
         wrong=len(wrong) + len(wrong_streams),
         tied=ties + stream_ties,
         blocks_back_s=blocks_back_s,
