@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import itertools
 import json
@@ -32,23 +31,31 @@ CHUNK_TOKENS = 512  # small, so that a long prompt takes several chunks
 BLOCK_SIZE = 128  # vLLM's for the CPU
 
 Lane = Literal["prefill", "decode"]
+_claims: list[socket.socket] = []  # of ports, see free_ports
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, with room behind each for the other ranks' ports, and not handed out twice in one call.
+    """Free now, with room behind each for the other ranks' ports, and handed out to no other test of this machine.
 
     Below the ports that the system gives to outgoing connections: a D that calls a P which is gone could get that very
     port for its own end, be connected to itself, and keep the port from the P that comes back.
     """
     candidates = random.Random().sample(range(12_000, 32_000, PORT_STEP), 20 * count)
-    return list(itertools.islice(filter(_is_free, candidates), count))
+    return list(itertools.islice(filter(_claim, candidates), count))
 
 
-def _is_free(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
-        return True
-    return False
+def _claim(port: int) -> bool:
+    """What it will be used for may be bound much later: a name in the system holds it until this process ends."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0twolane-test-{port}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True
 
 
 def make_test_plan(log_dir: Path, *more_args: str, **changes: Any) -> Plan:
