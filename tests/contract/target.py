@@ -25,6 +25,7 @@ from twolane.connector.transport.select import receivers_for
 from twolane.protocol import TransportOffer
 
 NUM_BLOCKS = 8
+Footprint = tuple[int, int, int]  # descriptors, mappings of arenas, free GPU memory in MiB
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def no_wake() -> None:
     """These tests poll."""
 
 
-def footprint() -> tuple[int, int, int]:
-    """(descriptors, mappings of arenas, free GPU memory in MiB) of this process."""
+def footprint() -> Footprint:
+    """Of this process."""
     gc.collect()
     free_mib = torch.cuda.mem_get_info()[0] >> 20 if torch.cuda.is_initialized() else 0
     arenas = Path("/proc/self/maps").read_text().count("twolane-kv")
@@ -104,7 +105,7 @@ class Session:
     def contents(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu().clone() for name, tensor in self._kv.items()}
 
-    def footprint(self) -> tuple[int, int, int]:
+    def footprint(self) -> Footprint:
         return footprint()
 
     def end(self) -> None:

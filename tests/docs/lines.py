@@ -61,6 +61,7 @@ ENVIRONMENT = frozenset(
         "PIP_NO_INDEX",
         "PIP_FIND_LINKS",
         "TMPDIR",
+        "TWOLANE_GPU_MODEL",
     )
 )
 EIGHT_GPUS = Machine("cuda", "python", 64, tuple(range(8)))

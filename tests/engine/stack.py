@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import itertools
 import json
@@ -32,23 +31,31 @@ CHUNK_TOKENS = 512  # small, so that a long prompt takes several chunks
 BLOCK_SIZE = 128  # vLLM's for the CPU
 
 Lane = Literal["prefill", "decode"]
+_claims: list[socket.socket] = []  # of ports, see free_ports
 
 
 def free_ports(count: int) -> list[int]:
-    """Free now, with room behind each for the other ranks' ports, and not handed out twice in one call.
+    """Free now, with room behind each for the other ranks' ports, and handed out to no other test of this machine.
 
     Below the ports that the system gives to outgoing connections: a D that calls a P which is gone could get that very
     port for its own end, be connected to itself, and keep the port from the P that comes back.
     """
     candidates = random.Random().sample(range(12_000, 32_000, PORT_STEP), 20 * count)
-    return list(itertools.islice(filter(_is_free, candidates), count))
+    return list(itertools.islice(filter(_claim, candidates), count))
 
 
-def _is_free(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
-        return True
-    return False
+def _claim(port: int) -> bool:
+    """What it will be used for may be bound much later: a name in the system holds it until this process ends."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0twolane-test-{port}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+    except OSError:
+        claim.close()
+        return False
+    _claims.append(claim)
+    return True
 
 
 def make_test_plan(log_dir: Path, *more_args: str, **changes: Any) -> Plan:
@@ -102,23 +109,10 @@ class Instance:
     child: Child
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, by name and the labels that tell several of one name apart here."""
-        status, body = request(self.spec.address, "GET", "/metrics")
-        assert status == 200
-        samples: dict[str, float] = {}
-        for line in body.decode().splitlines():
-            if line and not line.startswith("#"):
-                key, _, value = line.rpartition(" ")
-                samples[_short(key)] = float(value)
-        return samples
+        return metrics_of(self.spec)
 
     def tokens_by_source(self) -> dict[str, int]:
-        samples = self.metrics()
-        sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
-        return {
-            source: int(samples.get(f'vllm:prompt_tokens_by_source_total{{source="{source}"}}', 0))
-            for source in sources
-        }
+        return tokens_by_source(self.metrics())
 
     def used_blocks(self) -> float:
         """Share of KV blocks that are not free."""
@@ -130,6 +124,26 @@ class Instance:
     def kill(self) -> None:
         """SIGKILL for every process of the instance; Python's resource trackers last, so that they clean up."""
         kill_members(list(self.child.look()))
+
+
+def metrics_of(spec: ServiceSpec) -> dict[str, float]:
+    """Every sample of /metrics, by name and the labels that tell several of one name apart here."""
+    status, body = request(spec.address, "GET", "/metrics")
+    assert status == 200
+    samples: dict[str, float] = {}
+    for line in body.decode().splitlines():
+        if line and not line.startswith("#"):
+            key, _, value = line.rpartition(" ")
+            samples[_short(key)] = float(value)
+    return samples
+
+
+def tokens_by_source(samples: dict[str, float]) -> dict[str, int]:
+    """Where the prompts' tokens came from."""
+    sources = ("local_compute", "local_cache_hit", "external_kv_transfer")
+    return {
+        source: int(samples.get(f'vllm:prompt_tokens_by_source_total{{source="{source}"}}', 0)) for source in sources
+    }
 
 
 def _short(key: str) -> str:

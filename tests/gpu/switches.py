@@ -6,3 +6,4 @@ import os
 
 ON_CPU = bool(os.environ.pop("TWOLANE_TEST_CPU", ""))  # the same tests without a GPU: for work on them
 MODEL = os.environ.pop("TWOLANE_GPU_MODEL", "")  # a folder
+REQUESTS = int(os.environ.pop("TWOLANE_GPU_REQUESTS", "100" if ON_CPU else "2000"))  # of which a fifth is given up

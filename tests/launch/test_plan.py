@@ -10,6 +10,7 @@ import pytest
 from twolane.config import Settings
 from twolane.errors import ConfigError
 from twolane.launch.kv import CONNECTORS, check_kv
+from twolane.launch.options import option
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, load_plan, make_plan, save_plan
 
 CPU = Machine(engine="cpu", python="/venv/bin/python", num_cpus=2)
@@ -185,3 +186,16 @@ def test_a_transport_that_is_asked_for_reaches_both_connectors() -> None:
     plan = make_plan(Settings(transport="shm"), FOUR_GPUS, MODEL)
     extras = [kv_config(spec)["kv_connector_extra_config"] for spec in plan.services if spec.role != "proxy"]
     assert [extra["transport"] for extra in extras] == ["shm", "shm"]
+
+
+def test_instances_that_share_gpus_share_their_memory_unless_told_otherwise() -> None:
+    four = Settings(prefill_gpu=((0,), (1,)), decode_gpu=((0,), (1,)), prefill=2, decode=2)
+    shares = [value_after(spec, "--gpu-memory-utilization") for spec in make_plan(four, FOUR_GPUS, MODEL).instances()]
+    assert shares == ["0.45"] * 4
+    wide = make_plan(Settings(prefill_gpu=((0, 1),), decode_gpu=((1, 2),)), FOUR_GPUS, MODEL)
+    assert [value_after(spec, "--gpu-memory-utilization") for spec in wide.instances()] == ["0.45", "0.45"]
+    alone = make_plan(Settings(prefill_gpu=((0,),)), FOUR_GPUS, MODEL)
+    assert not any("--gpu-memory-utilization" in spec.argv for spec in alone.instances())
+    told = Settings(prefill_gpu=((0,),), decode_gpu=((0,),), vllm_args=("--gpu-memory-utilization", "0.3"))
+    instances = make_plan(told, FOUR_GPUS, MODEL).instances()
+    assert [option(spec.argv, "--gpu-memory-utilization") for spec in instances] == ["0.3", "0.3"]

@@ -64,9 +64,15 @@ def test_all_start_and_a_stop_leaves_nothing(files: Files, tmp_path: Path) -> No
     assert stop_all(files) == []
 
 
-def test_instances_that_share_a_gpu_start_one_after_the_other(files: Files, tmp_path: Path) -> None:
-    pair = [server_spec(tmp_path, "prefill", "prefill"), server_spec(tmp_path, "decode", "decode")]
-    start(make_run(tmp_path, *(msgspec.structs.replace(spec, gpus=(0,)) for spec in pair)), files)
+@pytest.mark.parametrize(("prefill", "decode"), [((0,), (0,)), ((0, 1), (1, 0))])
+def test_instances_that_share_a_gpu_start_one_after_the_other(
+    files: Files, tmp_path: Path, prefill: tuple[int, ...], decode: tuple[int, ...]
+) -> None:
+    pair = [
+        msgspec.structs.replace(server_spec(tmp_path, "prefill", "prefill"), gpus=prefill),
+        msgspec.structs.replace(server_spec(tmp_path, "decode", "decode"), gpus=decode),
+    ]
+    start(make_run(tmp_path, *pair), files)
 
     def events() -> list[str]:
         found = re.findall(r"service=(\w+) pid=\d+ event=(started|ready)", files.supervisor_log.read_text())

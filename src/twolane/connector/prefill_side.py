@@ -39,6 +39,7 @@ from twolane.protocol import (
 )
 
 SOON_CHANGES_S = 0.0005  # a forecast that differs by less isn't told again
+FALSE_BY_S = 3.0  # the fault `false_soon`: what was due comes so much later, if anybody still wants it
 
 
 class Links(Protocol):
@@ -346,6 +347,8 @@ class PrefillSide:
         """Begins one push, of the transfer that waited longest: a long prompt doesn't hold up a short one. False when
         there is nothing to send or no room for it."""
         ready = [one for one in self._offers.all() if one.peer in self._peers and one.next_push(1)]
+        if self._settings.fault == "false_soon":
+            ready = [one for one in ready if now_s > one.told_soon_s + FALSE_BY_S]
         for outgoing in sorted(ready, key=lambda one: one.turn):
             assert outgoing.peer is not None
             channel = self._peers[outgoing.peer].channel

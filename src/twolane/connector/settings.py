@@ -30,7 +30,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `trace_file`: for benchmarks; see story.Story.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
     `drop_tenth` makes P lose every tenth message to D; `false_soon` makes it say that a prompt's end is due when D
-    announces itself.
+    announces itself, and then wait.
     """
 
     host: str = "127.0.0.1"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from twolane.config import GpuGroups, Settings
 from twolane.errors import ConfigError
 
+SHARED_PERCENT = 90  # of a GPU's memory, by all who share it; vLLM takes 92 alone, and each has a CUDA context besides
+
 
 def assign_gpus(settings: Settings, engine: str, present: tuple[int, ...]) -> tuple[GpuGroups, GpuGroups]:
     """The GPUs of each P and each D (empty groups without GPUs): what the settings name, then what is left, in order.
@@ -26,6 +28,14 @@ def assign_gpus(settings: Settings, engine: str, present: tuple[int, ...]) -> tu
     if missing := sorted(taken - set(present)):
         raise ConfigError(f"GPU {missing[0]} is not there: this machine has {list(present)}")
     return _give_out(settings, [gpu for gpu in present if gpu not in taken], min(widths))
+
+
+def memory_share(settings: Settings, gpus: tuple[int, ...]) -> str:
+    """Of a GPU's memory, for each of the instances that share it; empty for one that has its GPUs to itself. Only
+    what the settings name is ever shared."""
+    named = (*settings.prefill_gpu, *settings.decode_gpu)
+    sharers = max((sum(gpu in group for group in named) for gpu in gpus), default=1)
+    return f"{SHARED_PERCENT // sharers / 100:.2f}" if sharers > 1 else ""
 
 
 def _give_out(settings: Settings, free: list[int], width: int) -> tuple[GpuGroups, GpuGroups]:

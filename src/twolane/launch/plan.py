@@ -16,7 +16,7 @@ import msgspec
 from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.configuration import flag
-from twolane.launch.gpus import assign_gpus
+from twolane.launch.gpus import assign_gpus, memory_share
 from twolane.launch.kv import Place, kv_args, kv_config, kv_env
 from twolane.launch.options import check_lanes, tensor_parallel_size
 
@@ -225,6 +225,8 @@ def make_instance(
     argv += ["--kv-transfer-config", json.dumps(kv_config(settings, role, name, http_port, kv_port, place))]
     if len(gpus) > 1:
         argv += ["--tensor-parallel-size", str(len(gpus))]
+    if share := memory_share(settings, gpus):
+        argv += ["--gpu-memory-utilization", share]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
     argv += [*_engine_args(settings, machine, model, given), *kv_args(settings, role, given), *given]
     return ServiceSpec(

@@ -221,8 +221,8 @@ class IpcSendChannel:
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
         assert sources.is_whole
-        assert all(0 <= block < self._num_blocks for block in targets.blocks)
-        assert all(0 <= block < self._copier.num_blocks for block in sources.blocks)
+        assert 0 <= min(targets.blocks) <= max(targets.blocks) < self._num_blocks
+        assert 0 <= min(sources.blocks) <= max(sources.blocks) < self._copier.num_blocks
         ticket = Ticket(len(sources.blocks) * sum(plane.size_bytes for plane in self._sources.planes))
         self._copier.copy(self, fence, sources.blocks, targets.blocks, ticket, self._launch)
         return ticket

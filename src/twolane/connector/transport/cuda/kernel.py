@@ -81,8 +81,9 @@ def _copy(  # type: ignore[no-untyped-def]
             target_block = tl.load(block_ids + num_blocks + block).to(tl.int64)
             source = tl.load(sources + row) + source_block * tl.load(sources + row + 1)
             target = tl.load(targets + row) + target_block * tl.load(targets + row + 1)
-            source_words = tl.multiple_of(source, 16).to(tl.pointer_type(tl.int64))
-            target_words = tl.multiple_of(target, 16).to(tl.pointer_type(tl.int64))
+            # Told of the pointers: of the integers it is lost in the cast, and words are moved one by one.
+            source_words = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
+            target_words = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
             num_words = tl.load(sources + row + 2) * 2
             for start in range(0, num_words, tile_words):
                 offsets = start + tl.arange(0, tile_words)

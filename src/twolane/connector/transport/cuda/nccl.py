@@ -135,8 +135,10 @@ class NcclSend(SendWay):
         self._zero = zero
 
     def open(self, data: dict[str, Any], pid: int, host: str) -> tuple[NcclSendChannel, dict[str, Any]]:  # noqa: ARG002
+        if "gpu" not in data:
+            raise TransferError("the decode worker's offer isn't understood: it names no GPU")
         self._copier.bind()
-        if data.get("gpu") == gpu_identity(self._copier.device):
+        if data["gpu"] == gpu_identity(self._copier.device):
             raise TransferError("both workers are on one GPU, where NCCL takes no two ranks")
         try:
             meeting = Meeting(new_id(), self._num_slots, self._blocks_per_slot)
