@@ -238,16 +238,17 @@ def test_the_queue_is_bounded_and_counts_what_it_drops() -> None:
 
 def request(req_id: str, *, story: bool) -> Any:
     params = {"transfer_id": f"t-{req_id}", "remote_address": "127.0.0.1:1", "do_remote_prefill": True, "story": story}
-    return SimpleNamespace(request_id=req_id, kv_transfer_params=params, prompt_token_ids=[1, 2])
+    return SimpleNamespace(request_id=req_id, kv_transfer_params=params, prompt_token_ids=[1, 2], num_output_tokens=0)
 
 
 def test_ds_scheduler_tells_when_the_last_token_was_there() -> None:
     scheduler = DecodeScheduler(block_size=16)
+    empty = SimpleNamespace(scheduled_new_reqs=[], total_num_scheduled_tokens=0)
     before_s = time.monotonic()
     for one in (request("a", story=True), request("b", story=False)):
         scheduler.on_new_request(one)
         scheduler.request_finished(one)
-    (ended,) = scheduler.take_plan(SimpleNamespace()).ended
+    (ended,) = scheduler.take_plan(empty).ended
     assert ended.transfer_id == "t-a"
     assert before_s <= ended.at_s <= time.monotonic()
-    assert not scheduler.take_plan(SimpleNamespace()).ended
+    assert not scheduler.take_plan(empty).ended
