@@ -20,6 +20,7 @@ from rich.console import Console
 
 from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine
+from twolane.launch.kv import without_kv
 from twolane.launch.model import resolve_model
 from twolane.launch.plan import PORT_STEP, Plan, ServiceSpec, make_plan
 from twolane.launch.probes import get_json, is_healthy, is_registered, request
@@ -97,8 +98,7 @@ def with_extra(spec: ServiceSpec, **extra: object) -> ServiceSpec:
 
 def without_connector(spec: ServiceSpec) -> ServiceSpec:
     """A single instance, as vLLM is without us."""
-    at = spec.argv.index("--kv-transfer-config")
-    return msgspec.structs.replace(spec, argv=(*spec.argv[:at], *spec.argv[at + 2 :]))
+    return msgspec.structs.replace(spec, argv=without_kv(spec.argv))
 
 
 @dataclass

@@ -18,6 +18,7 @@ from twolane.config import Settings
 from twolane.errors import ConfigError
 from twolane.launch.doctor import Finding, examine
 from twolane.launch.facts import Facts
+from twolane.launch.kv import without_kv
 from twolane.launch.options import option
 from twolane.launch.plan import CPU_MAX_MODEL_LEN, PORT_STEP, Machine, Plan, ServedModel, ServiceSpec, make_plan
 from twolane.launch.ports import taken_ports
@@ -68,8 +69,7 @@ def without_connector(spec: ServiceSpec) -> ServiceSpec:
     """An instance as vLLM is without us. The proxy is told that it decodes, and so computes prompts by itself."""
     if spec.role == "proxy":
         return spec
-    at = spec.argv.index("--kv-transfer-config")
-    return msgspec.structs.replace(spec, argv=(*spec.argv[:at], *spec.argv[at + 2 :]), role="decode")
+    return msgspec.structs.replace(spec, argv=without_kv(spec.argv), role="decode")
 
 
 def renamed(spec: ServiceSpec, name: str) -> ServiceSpec:

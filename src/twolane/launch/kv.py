@@ -89,6 +89,17 @@ def kv_args(settings: Settings, role: str, given: list[str]) -> list[str]:
     return ["--scheduler-cls", SCHEDULER]  # without it D gives no head start
 
 
+def without_kv(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """An instance's command line without its connector: vLLM as it is without us."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word in ("--kv-transfer-config", "--scheduler-cls"):
+            next(words)
+        else:
+            kept.append(word)
+    return tuple(kept)
+
+
 def kv_env(kv: Kv, kv_port: int) -> dict[str, str]:
     """What the connector reads from the environment."""
     if kv == "nixl":
