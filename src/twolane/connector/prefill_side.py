@@ -16,7 +16,7 @@ from twolane.connector.plan import Advance, Finish, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
-from twolane.connector.transfer import ItemRange, Outgoing
+from twolane.connector.transfer import Computing, ItemRange, Outgoing
 from twolane.connector.transport.base import SendChannel, SendTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import (
@@ -120,7 +120,8 @@ class PrefillSide:
         for advance in plan.advance:
             scheduled = self._offers.of_request(advance.req_id)
             if scheduled is not None:
-                scheduled.computing = (self._transports.num_passes, advance.num_valid_tokens)
+                before = 0 if advance.replace else scheduled.num_valid_tokens
+                scheduled.computing = Computing(self._transports.num_passes, before, advance.num_valid_tokens)
                 if not scheduled.computed_at_s:
                     self._story.note(scheduled, "scheduled", now_s)
         for req_id in plan.preempted:

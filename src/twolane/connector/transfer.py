@@ -37,6 +37,15 @@ class ItemRange:
         return self.first + self.count
 
 
+@dataclass(frozen=True)
+class Computing:
+    """A forward pass by its number, and how many tokens of a prompt are valid before and after it."""
+
+    number: int
+    num_before: int
+    num_after: int
+
+
 @dataclass
 class Outgoing:
     """P's side of a transfer."""
@@ -49,7 +58,7 @@ class Outgoing:
     story: bool = False  # see protocol.HandoffParams
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
-    computing: tuple[int, int] = (-1, 0)  # the latest pass for it by number, and its tokens that are valid after it
+    computing: Computing | None = None  # the latest pass for it
     told_soon_s: float = 0.0  # when D was told that it ends
     computed_at_s: float = 0.0  # when the last forward pass for it was launched to its end
     fence: Fence = field(default_factory=Fence)  # behind which the last of them are
@@ -113,15 +122,16 @@ class Outgoing:
         """What can be sent now: items whose blocks are final. A block is final when all slots D needs are valid."""
         if self.ended is not None or self.announce is None:
             return None
-        count = min(self._final_blocks() * self.items_per_block - self.next_item, max_items)
+        count = min(self._final_items(self.num_valid_tokens) - self.next_item, max_items)
         return ItemRange(self.next_item, count) if count > 0 else None
 
-    def _final_blocks(self) -> int:
-        """How many of the announced blocks, from the first, hold all that D needs of them."""
+    def _final_items(self, num_valid_tokens: int) -> int:
+        """How many items of the announced blocks, from the first, hold all that D needs of them, with so many valid
+        tokens."""
         assert self.announce is not None
-        if self.num_valid_tokens >= self.announce.num_tokens:
-            return len(self.announce.block_ids)
-        return max(0, self.num_valid_tokens // self.block_size - self.announce.first_block)
+        if num_valid_tokens >= self.announce.num_tokens:
+            return self.num_items
+        return max(0, num_valid_tokens // self.block_size - self.announce.first_block) * self.items_per_block
 
     def sources(self, push: ItemRange) -> Items:
         """In P's blocks."""
@@ -135,10 +145,11 @@ class Outgoing:
         return select_items(self.announce.block_ids, push.first, push.count, self.items_per_block)
 
     def ends_with(self, number: int) -> bool:
-        """Whether that forward pass computes the last of what D needs, and all else is there already."""
-        if self.announce is None or self.ended is not None or self.in_flight or self.next_push(1):
+        """Whether that forward pass computes the last of what D needs, and a push of all else was begun."""
+        one = self.computing
+        if self.announce is None or self.ended is not None or one is None or one.number != number:
             return False
-        return self.computing[0] == number and self.computing[1] >= self.announce.num_tokens
+        return one.num_after >= self.announce.num_tokens and self.next_item >= self._final_items(one.num_before)
 
     def lease_over(self, now_s: float, last_word_s: float, lease_s: float) -> bool:
         """Whether blocks were held for `lease_s` since the request ended and since D's last word."""

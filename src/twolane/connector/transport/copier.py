@@ -75,8 +75,9 @@ class HostCopier:
 
     def layer_done(self, layer_name: str) -> None:
         index = self._layer_index.get(layer_name)
-        if index is not None and (index + 1) % self._marks_every == 0:
-            self._pace.mark(self.num_passes, (index + 1) / len(self._layer_index), time.monotonic())
+        if index is None or (index + 1) % self._marks_every:
+            return
+        if self._pace.mark(self.num_passes, (index + 1) / len(self._layer_index), time.monotonic()):
             self._wake()
 
     def fence(self) -> Fence:

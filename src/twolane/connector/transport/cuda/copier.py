@@ -110,8 +110,9 @@ class PaceMaker:
                 event.synchronize()
             except RuntimeError:  # the context is lost: the copies say so
                 return
-            self._pace.mark(number, share, time.monotonic())
-            self._wake()
+            is_news = self._pace.mark(number, share, time.monotonic())
+            if share > 0.5 and is_news:  # each look takes the interpreter from the thread that launches kernels
+                self._wake()
 
 
 class Lane:
