@@ -17,7 +17,7 @@ import psutil
 from benchmarks.proxy_peers import Peer, Ports
 
 PROXY_CORE, LOAD_CORE = 0, 1
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 
 
 def free_ports() -> Ports:

@@ -229,6 +229,6 @@ class Whole:
 
 def request_bytes(method: str, target: bytes, address: str, headers: bytes, body: bytes = b"") -> bytes:
     """A whole request. `headers` are encoded lines, without Host and Content-Length."""
-    length = b"content-length: %d\r\n" % len(body) if body or method in ("POST", "PUT") else b""
-    start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), target, address.encode())
-    return b"".join((start, headers, length, b"\r\n", body))
+    if body or method in ("POST", "PUT"):
+        headers = b"%bcontent-length: %d\r\n" % (headers, len(body))
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b\r\n%b" % (method.encode(), target, address.encode(), headers, body)
