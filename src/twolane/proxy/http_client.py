@@ -41,7 +41,7 @@ class Exchange:
         self.finished = False
         self._connecting: asyncio.Task[None] | None = None
         self._connection: UpstreamConnection | None = None
-        self._paused = False
+        self.paused = False
 
     def connect_with(self, task: asyncio.Task[None]) -> None:
         self._connecting = task
@@ -50,17 +50,17 @@ class Exchange:
         self._connecting = None
         self._connection = connection
         connection.begin(self, request)
-        if self._paused:
+        if self.paused:
             connection.pause()
 
     def pause(self) -> None:
         """Stops reading: the instance is held back by TCP. Idempotent."""
-        self._paused = True
+        self.paused = True
         if self._connection is not None:
             self._connection.pause()
 
     def resume(self) -> None:
-        self._paused = False
+        self.paused = False
         if self._connection is not None:
             self._connection.resume()
 
@@ -173,7 +173,9 @@ class HttpClient:
     # --- what a connection tells its owner -----------------------------------------------------------------
 
     def idle(self, connection: UpstreamConnection) -> None:
-        idle = self._idle.setdefault(connection.address, deque())
+        idle = self._idle.get(connection.address)
+        if idle is None:
+            idle = self._idle[connection.address] = deque()
         if self._closed or len(idle) >= _MAX_IDLE_CONNECTIONS:
             connection.abort()
         else:
