@@ -20,7 +20,7 @@ from benchmarks.proxy_run import Candidate, candidate
 
 WARM_UP_REQUESTS = 200
 # Requests, at once, tokens, ms between two: what is read together must not depend on the speed of the machine.
-LOADS = {"1 token, one at a time": (1000, 1, 1, 0.0), "16 tokens, each read alone": (200, 4, 16, 10.0)}
+LOADS = {"1 token, one at a time": (1000, 1, 1, 0.0), "16 tokens, each read alone": (64, 8, 16, 100.0)}
 _TOTAL = re.compile(rb"^(?:summary|totals): (\d+)", re.MULTILINE)
 
 

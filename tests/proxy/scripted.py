@@ -195,6 +195,9 @@ class ScriptedInstance:
         return self.calls[number]
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # killed while this one was on its way
+            writer.transport.abort()
+            return
         self._writers.add(writer)
         handler = cast("asyncio.Task[None]", asyncio.current_task())
         self._handlers.add(handler)
