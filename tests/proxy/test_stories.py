@@ -317,3 +317,9 @@ def test_where_no_transport_knows_better_the_last_chunk_was_computed_when_launch
         stories.hear(Story("P", "p", clock_identity(), [StoryEvent("t", e, at_s) for e in told_events]), 2.0)
     events = {event["name"]: event["ms"] for event in stories.story("t")["events"]}
     assert events == {"received": 0.0, "prefill_computed": computed_ms}
+
+
+def test_milliseconds_come_in_hundredths() -> None:
+    record = RequestRecord("/v1/completions", "a", 100.0)
+    moments = (None, 100.0, 100.0123456, 100.0123556, 112.3456789)
+    assert [record.ms(moment) for moment in moments] == [None, 0.0, 12.35, 12.36, 12345.68]
