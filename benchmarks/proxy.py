@@ -3,7 +3,9 @@
 The physics: every token of every answer goes through the proxy, so its CPU time a token bounds how many streams one
 process carries, and the time that it adds to a first byte is added to every TTFT. Instances are mocks that answer at
 once, so that nothing but the proxy's own work shows. The proxy has core 0 alone; mocks and load share core 1. CPU time
-is user + system time of the proxy's process and its children, from /proc/PID/stat.
+is user + system time of the proxy's process and its children, from /proc/PID/task/*/schedstat (ns). The sides take
+turns of about half a second, a b b a, so that what else the machine does falls on all alike; a ratio is that of two
+neighbouring turns, and what is reported is the median of all of them, with quartiles and a 95 % interval (bootstrap).
 
 16-token streams are sent without a pause, one token in each turn of the mock's event loop, so several may arrive
 together. The 256 tokens of a long stream come at 10 ms ticks, all streams at the same tick, as from an engine's steps:
@@ -12,10 +14,13 @@ every token is a read and a write of its own.
     python -m benchmarks.proxy              the table; makes environments for the peers on its first run
     python -m benchmarks.proxy --before SRC --peers twolane --scrape
                                             ours against ours of another source tree, /metrics read every second
+    python -m benchmarks.proxy --before SRC --peers twolane --instructions
+                                            by callgrind, which a busy machine doesn't disturb
     python -m benchmarks.proxy --memory     100,000 requests through ours: memory
     python -m benchmarks.proxy --streams    1,000 streams at once through ours
 
-Needs two cores that nobody else uses: the load average before and after is in the report. The last line is JSON.
+Needs two cores that nobody else uses, but for --instructions: the load average before and after is in the report. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,24 +30,29 @@ import asyncio
 import json
 import os
 import platform
+import random
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, quantiles
 from typing import Any
 
 import uvloop
+from benchmarks.proxy_instructions import count
 from benchmarks.proxy_load import Load, Outcome, run
 from benchmarks.proxy_peers import PEERS, TWOLANE, before
 from benchmarks.proxy_run import LOAD_CORE, Candidate, candidate
 
 WARM_UP_REQUESTS = 300
+# A turn: requests, at once, tokens, ms between two tokens.
 TABLE = {
-    "16 tokens, 32 at once": (4000, 32, 16, 0.0),
-    "16 tokens, 128 at once": (4000, 128, 16, 0.0),
-    "256 tokens, 64 at once": (192, 64, 256, 10.0),
+    "16 tokens, 32 at once": (2000, 32, 16, 0.0),
+    "16 tokens, 128 at once": (2000, 128, 16, 0.0),
+    "256 tokens, 64 at once": (64, 64, 256, 10.0),
 }
-FIRST_BYTE_REQUESTS = 1000
+FIRST_BYTE_REQUESTS = 500
+TURNS = 2  # a round
+NUM_RESAMPLES = 2000
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=default, help="where the peers' environments are kept")
     parser.add_argument("--before", type=Path, help="another source tree's src, measured in turns with this one's")
     parser.add_argument("--scrape", action="store_true", help="read the proxy's /metrics every second meanwhile")
+    parser.add_argument("--instructions", action="store_true", help="count instructions with valgrind's callgrind")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--streams", action="store_true")
     return parser.parse_args()
@@ -78,6 +89,27 @@ async def loaded(load: Load, scrape: bool) -> Outcome:
             scraper.cancel()
 
 
+class Measured:
+    """Owns all turns' figures and errors, by peer."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, dict[str, list[float]]] = {}
+        self.errors: dict[str, list[str]] = {}
+
+    def add(self, peer: str, figures: dict[str, float], errors: list[str]) -> None:
+        columns = self.figures.setdefault(peer, {})
+        for name, value in figures.items():
+            columns.setdefault(name, []).append(value)
+        self.errors.setdefault(peer, []).extend(errors)
+
+    def last(self) -> dict[str, dict[str, float]]:
+        """The last round's."""
+        return {
+            peer: {name: round(mean(values[-TURNS:]), 3) for name, values in columns.items()}
+            for peer, columns in self.figures.items()
+        }
+
+
 def measure_cpu(made: Candidate, name: str, seed: int, scale: float, scrape: bool) -> tuple[float, Outcome]:
     """CPU ms a request."""
     num_requests, concurrency, max_tokens, pace_ms = TABLE[name]
@@ -96,26 +128,36 @@ def first_byte_ms(port: int, seed: int, scale: float) -> tuple[float, Outcome]:
     return median(outcome.first_byte_s or [float("nan")]) * 1e3, outcome
 
 
-def one_round(made: Candidate, seed: int, scale: float, scrape: bool) -> tuple[dict[str, float], list[str]]:
-    figures: dict[str, float] = {}
-    errors: list[str] = []
-    for name in TABLE:
-        figures[f"{name}: CPU ms"], outcome = measure_cpu(made, name, seed, scale, scrape)
-        errors += outcome.errors
-    direct, outcome = first_byte_ms(made.ports.decode, seed, scale)
-    errors += outcome.errors
-    figures["first byte p50 ms"], outcome = first_byte_ms(made.ports.http, seed, scale)
-    figures["first byte p50 over direct ms"] = figures["first byte p50 ms"] - direct
-    return figures, errors + outcome.errors
+def measure_first_byte(made: Candidate, seed: int, scale: float) -> tuple[dict[str, float], list[str]]:
+    direct, straight = first_byte_ms(made.ports.decode, seed, scale)
+    proxied, outcome = first_byte_ms(made.ports.http, seed, scale)
+    figures = {"first byte p50 ms": proxied, "first byte p50 over direct ms": proxied - direct}
+    return figures, straight.errors + outcome.errors
+
+
+def measure(made: Candidate, name: str, seed: int, args: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
+    """One turn of one side."""
+    if name not in TABLE:
+        return measure_first_byte(made, seed, args.scale)
+    cpu_ms, outcome = measure_cpu(made, name, seed, args.scale, args.scrape)
+    return {f"{name}: CPU ms": cpu_ms}, outcome.errors
+
+
+def one_round(running: list[Candidate], number: int, args: argparse.Namespace, into: Measured) -> None:
+    for name in (*TABLE, "first byte"):
+        for turn in range(TURNS):
+            seed = number * TURNS + turn
+            for made in running if seed % 2 else reversed(running):  # nobody is always first
+                figures, failed = measure(made, name, seed, args)
+                into.add(made.peer.name, figures, failed)
 
 
 def table(args: argparse.Namespace) -> dict[str, Any]:
     wanted = [peer for peer in PEERS if peer.name in args.peers.split(",")]
     if args.before is not None:
         wanted.append(before(args.before))
-    rounds: dict[str, list[dict[str, float]]] = {}
     left_out: dict[str, str] = {}
-    errors: dict[str, list[str]] = {}
+    measured = Measured()
     with ExitStack() as stack:
         running = []
         for peer in wanted:
@@ -126,47 +168,54 @@ def table(args: argparse.Namespace) -> dict[str, Any]:
         for made in running:
             uvloop.run(run(Load(made.ports.http, WARM_UP_REQUESTS, 32, 16)))
         for number in range(args.rounds):
-            for made in running if number % 2 else reversed(running):  # nobody is always first
-                figures, failed = one_round(made, number, args.scale, args.scrape)
-                rounds.setdefault(made.peer.name, []).append(figures)
-                errors.setdefault(made.peer.name, []).extend(failed)
-                print(f"round {number + 1} of {args.rounds}: {made.peer.name} {rounded(figures)}", flush=True)
-    summary = {name: summarize(got) for name, got in rounds.items()}
-    print_table(summary)
-    num_errors = {name: len(got) for name, got in errors.items()}
-    first_errors = {name: got[0] for name, got in errors.items() if got}
-    ratios = against(summary, "vllm-router") | against(summary, "before")
+            one_round(running, number, args, measured)
+            print(f"round {number + 1} of {args.rounds}: {measured.last()}", flush=True)
+    summary = {peer: {name: spread(got) for name, got in columns.items()} for peer, columns in measured.figures.items()}
+    ratios = against(measured.figures, "vllm-router") | against(measured.figures, "before")
+    print_table(summary | {f"{TWOLANE.name} over {base}": got for base, got in ratios.items()})
     return {
         "summary": summary,
         "ratios": ratios,
-        "errors": num_errors,
-        "first_error": first_errors,
+        "errors": {name: len(got) for name, got in measured.errors.items()},
+        "first_error": {name: got[0] for name, got in measured.errors.items() if got},
         "left_out": left_out,
     }
 
 
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in figures.items()}
+def spread(values: list[float]) -> dict[str, float]:
+    """With a 95 % interval of the median: that of as many values drawn from these again and again."""
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(NUM_RESAMPLES))
+    low, high = medians[int(0.025 * NUM_RESAMPLES)], medians[int(0.975 * NUM_RESAMPLES)]
+    q1, _, q3 = quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    figures = {"median": median(values), "q1": q1, "q3": q3, "low": low, "high": high}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
-def summarize(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    columns = {name: [figures[name] for figures in rounds] for name in rounds[0]}
-    return {name: rounded({"median": median(got), "min": min(got), "max": max(got)}) for name, got in columns.items()}
-
-
-def against(summary: dict[str, dict[str, dict[str, float]]], base: str) -> dict[str, dict[str, float]]:
-    """Our medians over another's, in the same run."""
-    if base not in summary or TWOLANE.name not in summary:
+def against(figures: dict[str, dict[str, list[float]]], base: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Ours over another's, turn by turn."""
+    if base not in figures or TWOLANE.name not in figures:
         return {}
-    ours = summary[TWOLANE.name]
-    return {base: rounded({name: ours[name]["median"] / got["median"] for name, got in summary[base].items()})}
+    ours = figures[TWOLANE.name]
+    pairs = {name: list(zip(ours[name], theirs, strict=True)) for name, theirs in figures[base].items()}
+    return {base: {name: spread([our / their for our, their in got]) for name, got in pairs.items()}}
 
 
 def print_table(summary: dict[str, dict[str, dict[str, float]]]) -> None:
     for name, figures in summary.items():
         print(name)
         for what, got in figures.items():
-            print(f"  {what:34} median {got['median']:8.3f}   {got['min']:8.3f} to {got['max']:8.3f}")
+            quartiles = f"quartiles {got['q1']:8.4f} to {got['q3']:8.4f}"
+            print(f"  {what:34} median {got['median']:8.4f} ({got['low']:.4f} to {got['high']:.4f})   {quartiles}")
+
+
+def instructions(args: argparse.Namespace) -> dict[str, Any]:
+    sides = [TWOLANE] if args.before is None else [TWOLANE, before(args.before)]
+    figures = {side.name: count(side, args.cache, args.rounds) for side in sides}
+    for side, columns in figures.items():
+        for name, got in columns.items():
+            print(f"{side:10} {name:30} thousand instructions a request: median {median(got):8.1f}   {got}")
+    return figures
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -196,6 +245,8 @@ def main() -> None:
     report: dict[str, Any] = {"memory": memory(args)} if args.memory else {}
     if args.streams:
         report["streams"] = streams(args)
+    if args.instructions:
+        report["thousand_instructions"] = instructions(args)
     if not report:
         report = table(args)
     machine: dict[str, Any] = {

@@ -17,7 +17,7 @@ import psutil
 from benchmarks.proxy_peers import Peer, Ports
 
 PROXY_CORE, LOAD_CORE = 0, 1
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 
 
 def free_ports() -> Ports:
@@ -60,14 +60,26 @@ class Candidate:
         self.proxy = proxy
 
     def cpu_s(self) -> float:
-        family = [self.proxy, *self.proxy.children(recursive=True)]
-        spent_s: float = sum(times.user + times.system for times in (member.cpu_times() for member in family))
-        return spent_s
+        return sum(map(cpu_s, [self.proxy, *self.proxy.children(recursive=True)]))
 
     def rss_mb(self) -> float:
         family = [self.proxy, *self.proxy.children(recursive=True)]
         rss_bytes: int = sum(member.memory_info().rss for member in family)
         return rss_bytes / 1e6
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """User and system time of all threads, to the nanosecond; in ticks of 10 ms where the kernel keeps no schedstat."""
+    try:
+        threads = list(Path(f"/proc/{process.pid}/task").glob("*/schedstat"))
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9 if threads else ticks_s(process)
+    except OSError:  # a thread that ended meanwhile
+        return ticks_s(process)
+
+
+def ticks_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
@@ -136,6 +138,23 @@ def test_the_death_of_an_instance_shows(stage: Stage, page: Page, is_asked: bool
     slow.go_on.set()
     if is_asked:
         client.join()
+
+
+def test_what_is_announced_at_once_is_all_told_in_order(pair: Stage, page: Page) -> None:
+    """What the proxy said is made to say more: two instances that change in one message."""
+    with httpx.stream("GET", f"{pair.url}/dashboard/events", timeout=DEADLINE_S, trust_env=False) as answered:
+        lines = answered.iter_lines()
+        hello = next(json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: "))
+    ejected = [instance | {"state": "ejected"} for instance in hello["instances"]]
+    flow = {name: hello[name] for name in ("now", "says", "in_flight", "queued")}
+    flow |= {"moved": [], "gone": [], "ended": [], "instances": ejected}
+    body = f"event: hello\ndata: {json.dumps(hello)}\n\nevent: flow\ndata: {json.dumps(flow)}\n\n"
+    page.route("**/dashboard/events", lambda route: route.abort())
+    page.route("**/dashboard/events", lambda route: route.fulfill(body=body, content_type="text/event-stream"), times=1)
+    page.goto(pair.url)
+    names = [instance["name"] for instance in hello["instances"]]
+    assert len(names) == 2
+    expect(page.locator("#announce")).to_have_text(" ".join(f"{name} is ejected." for name in names))
 
 
 def test_no_decode_instance_is_said_in_words(stage: Stage, page: Page) -> None:

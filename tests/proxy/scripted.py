@@ -195,6 +195,9 @@ class ScriptedInstance:
         return self.calls[number]
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # killed while this one was on its way
+            writer.transport.abort()
+            return
         self._writers.add(writer)
         handler = cast("asyncio.Task[None]", asyncio.current_task())
         self._handlers.add(handler)
@@ -297,7 +300,9 @@ async def cluster(
     num_prefill: int = 1, num_decode: int = 1, kind: Kind = "twolane", **settings: Any
 ) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
+        # Instances register once: how long a busy machine takes to serve a test mustn't make them leave.
         defaults: dict[str, Any] = {"http_port": 0, "discovery_port": 0, "health_every_s": 0.05}
+        defaults["registration_expiry_s"] = 120.0
         service = await stack.enter_async_context(Service(ProxySettings(**(defaults | settings))))
         http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{service.http_port}", timeout=20, trust_env=False)
         await stack.enter_async_context(http)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.proxy.scripted import Call, Cluster, answer, cluster, eventually
+from tests.proxy.scripted import Call, Cluster, answer, chunk, cluster, eventually
 from tests.proxy.test_discovery import SECRET, send_raw
 
 from twolane.protocol import MAX_STORY_EVENTS, Story, StoryEvent, clock_identity, encode, sign
@@ -107,6 +107,64 @@ async def test_it_can_be_read_while_the_request_runs() -> None:
         go_on.set()
         await request
         assert "last_byte" in names(await story_of(c, transfer_id))
+
+
+async def until_told(c: Cluster, transfer_id: str, *wanted: str) -> None:
+    async with asyncio.timeout(30):
+        while not set(wanted) <= set(names(await story_of(c, transfer_id))):  # noqa: ASYNC110 - it is asked for
+            await asyncio.sleep(0.01)
+
+
+async def test_what_has_come_of_a_stream_is_in_its_story_at_once() -> None:
+    async with cluster(1, 1) as c:
+        go_on = asyncio.Event()
+
+        async def begin(call: Call) -> None:
+            call.start_stream()
+            await call.event(chunk("a", chat=False))
+            await go_on.wait()
+            await call.event(chunk("b", chat=False))
+            await call.end_stream()
+
+        c.d.behave = begin
+        request = asyncio.create_task(c.complete(stream=True))
+        transfer_id = (await c.d.call()).kv["transfer_id"]
+        await until_told(c, transfer_id, "first_byte", "prefill_answered")
+        go_on.set()
+        assert (await request).status_code == 200
+
+
+async def test_another_attempt_has_moments_of_its_own() -> None:
+    async with cluster(1, 2) as c:
+        go_on = asyncio.Event()
+        failed: list[str] = []
+
+        async def wait_the_second_time(call: Call) -> None:
+            if len(c.p.calls) > 1:
+                await go_on.wait()
+            await answer(call)
+
+        async def die_the_first_time(call: Call) -> None:
+            if not failed:
+                failed.append(call.kv["transfer_id"])
+                await until_told(c, failed[0], "prefill_answered")
+                call.reset()
+            else:
+                await go_on.wait()
+                await answer(call)
+
+        c.p.behave = wait_the_second_time
+        for d in c.decodes:
+            d.behave = die_the_first_time
+        request = asyncio.create_task(c.complete())
+        await c.p.call()
+        transfer_id = (await c.p.call(1)).kv["transfer_id"]
+        running = await story_of(c, transfer_id)
+        assert running["attempts"] == 2
+        assert {"prefill_sent", "decode_sent"} <= set(names(running))
+        assert "prefill_answered" not in names(running)
+        go_on.set()
+        assert (await request).status_code == 200
 
 
 async def test_both_legs_ask_for_the_story_only_of_instances_that_register_here() -> None:
@@ -259,3 +317,9 @@ def test_where_no_transport_knows_better_the_last_chunk_was_computed_when_launch
         stories.hear(Story("P", "p", clock_identity(), [StoryEvent("t", e, at_s) for e in told_events]), 2.0)
     events = {event["name"]: event["ms"] for event in stories.story("t")["events"]}
     assert events == {"received": 0.0, "prefill_computed": computed_ms}
+
+
+def test_milliseconds_come_in_hundredths() -> None:
+    record = RequestRecord("/v1/completions", "a", 100.0)
+    moments = (None, 100.0, 100.0123456, 100.0123556, 112.3456789)
+    assert [record.ms(moment) for moment in moments] == [None, 0.0, 12.35, 12.36, 12345.68]

@@ -59,6 +59,7 @@ _ALONE = Ask(splits=False, alone_because="path")
 
 # Host and length are written anew. Answers stay uncompressed, so that an error event can be put behind them.
 _NOT_PASSED_ON = HOP_BY_HOP | frozenset((b"host", b"x-request-id", b"accept-encoding"))
+_NONE: frozenset[bytes] = frozenset()
 _GOOD_REQUEST_ID = re.compile(rb"[!-~]{1,256}")
 
 
@@ -78,7 +79,7 @@ class App:
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
         self._admission = Admission(settings.max_in_flight, settings.max_queued, settings.queue_timeout_s)
-        self._in_flight: dict[int, Handoff] = {}  # by serial, the oldest first
+        self._in_flight: dict[int, RequestRecord] = {}  # by serial, the oldest first
         self._serials = itertools.count(1)
         sight = Sight(upstreams.pool, stats, self._admission, engines, power, self._in_flight, self._judge)
         self.dashboard = Dashboard(sight)
@@ -141,25 +142,20 @@ class App:
         if not job.ask.computes:
             await handoff.run()
             return
-        record.serial = next(self._serials)
-        self._in_flight[record.serial] = handoff
-        try:
-            await self._serve_in_turn(handoff, responder, record)
-        finally:
-            del self._in_flight[record.serial]
-
-    async def _serve_in_turn(self, handoff: Handoff, responder: Responder, record: RequestRecord) -> None:
+        serial = record.serial = next(self._serials)
+        self._in_flight[serial] = record
         try:
             if not self._admission.try_enter():
                 await self._admission.enter()
-        except TooBusyError as error:
+            record.admitted_at = monotonic()
+            try:
+                await handoff.run()
+            finally:
+                self._admission.leave()
+        except TooBusyError as error:  # from `enter` alone
             reject(error, responder, record, self._stats)
-            return
-        record.admitted_at = monotonic()
-        try:
-            await handoff.run()
         finally:
-            self._admission.leave()
+            del self._in_flight[serial]
 
     def _job(self, request: Request, record: RequestRecord) -> Job:
         """Raises BadRequestError for what can't be passed on."""
@@ -178,7 +174,7 @@ class App:
         record.stream = body.stream
         if self._tracer is not None:
             record.trace = begin_trace(request.headers, path == CHAT_PATH, body.model())
-        headers = self._passed_on(request, HEADERS if record.trace is not None else frozenset())
+        headers = self._passed_on(request, HEADERS if record.trace is not None else _NONE)
         return Job(method, request.target, headers, record.request_id, self._ask(body), body, trace=record.trace)
 
     def _ask(self, body: SplitBody) -> Ask:
@@ -186,7 +182,7 @@ class App:
         beginning = body.prompt_beginning() if self._upstreams.router.wants_beginning else b""
         return Ask(alone_because=why_alone, num_tokens=body.num_prompt_tokens, beginning=beginning)
 
-    def _passed_on(self, request: Request, replaced: frozenset[bytes] = frozenset()) -> bytes:
+    def _passed_on(self, request: Request, replaced: frozenset[bytes] = _NONE) -> bytes:
         dropped = self._not_passed_on | replaced if replaced else self._not_passed_on
         return encode(end_to_end(request.headers, dropped) + self._gatekeeper.upstream_headers())
 

@@ -17,6 +17,7 @@ from twolane.proxy.kinds import HANDOVERS
 from twolane.proxy.legs import DecodeLeg, PrefillLeg, Verdict, judge
 from twolane.proxy.policy import Ask, Route, Router
 from twolane.proxy.pool import Instance, Pool, Ticket
+from twolane.proxy.stats import RequestRecord
 from twolane.proxy.tracing import RequestTrace
 
 
@@ -51,26 +52,23 @@ class Attempt:
     their leg, so that a late leg is judged like a broken one.
     """
 
-    def __init__(self, job: Job, route: Route, upstreams: Upstreams) -> None:
+    def __init__(self, job: Job, route: Route, upstreams: Upstreams, record: RequestRecord) -> None:
         self.route = route
         self._handover = HANDOVERS[route.decode.kind]
         self.transfer_id = ""
         if route.prefill is not None:
             self.transfer_id = self._handover.transfer_id(route.prefill, route.decode)
         self._job = job
-        self._settings = upstreams.settings
-        self._pool = upstreams.pool
-        self._client = upstreams.client
+        self._upstreams = upstreams
+        self._record = record
         self._loop = asyncio.get_running_loop()
         self._judged: asyncio.Future[Verdict] = self._loop.create_future()
-        self._timers: list[asyncio.TimerHandle] = []
         self._tickets: list[Ticket] = []
         self.prefill: PrefillLeg | None = None
         self._prefill_exchange: Exchange | None = None
-        self.decode = DecodeLeg(f"decode instance {route.decode.address}", self._changed, upstreams.gaps)
+        self._prefill_timer: asyncio.TimerHandle | None = None
+        self.decode = DecodeLeg(route.decode, record, self._changed, upstreams.gaps)
         self.decode_exchange: Exchange | None = None
-        self.prefill_sent_at: float | None = None  # monotonic, s
-        self.decode_sent_at: float | None = None
         self._first_byte_timer: asyncio.TimerHandle | None = None
         self._blamed: set[Instance] = set()
         self._closed = False
@@ -85,19 +83,19 @@ class Attempt:
 
     def _send_prefill(self, prefill: Instance) -> None:
         assert self._job.body is not None
-        leg = PrefillLeg(f"prefill instance {prefill.address}", self._changed, self._handover.reads_prefill)
-        self.prefill = leg
+        self.prefill = leg = PrefillLeg(prefill, self._record, self._changed, self._handover.reads_prefill)
         body = self._handover.for_prefill(self._job.body, self.transfer_id, prefill, self.route.decode)
-        self.prefill_sent_at = monotonic()
+        self._record.prefill_sent_at = monotonic()
         self._prefill_exchange = self._open(prefill, body, leg)
-        self._deadline(leg, self._settings.prefill_timeout_s, "prefill")
+        self._prefill_timer = self._deadline(leg, self._upstreams.settings.prefill_timeout_s, "prefill")
 
     def _send_decode(self, answer: bytes) -> None:
         """Raises UpstreamError if P's answer makes no sense."""
         body = self._decode_body(answer)
-        self.decode_sent_at = monotonic()
+        self._record.decode_sent_at = monotonic()
         self.decode_exchange = self._open(self.route.decode, body, self.decode)
-        self._first_byte_timer = self._deadline(self.decode, self._settings.first_byte_timeout_s, "first byte")
+        timeout_s = self._upstreams.settings.first_byte_timeout_s
+        self._first_byte_timer = self._deadline(self.decode, timeout_s, "first byte")
 
     def _decode_body(self, answer: bytes) -> bytes:
         body, prefill = self._job.body, self.route.prefill
@@ -117,47 +115,47 @@ class Attempt:
         if job.trace is not None:
             headers += job.trace.headers_for(instance.role)
         request = request_bytes(job.method, job.target, instance.address, headers, body)
-        return self._client.send(instance.address, request, leg)
+        return self._upstreams.client.send(instance.address, request, leg)
 
     def _deadline(self, leg: PrefillLeg | DecodeLeg, timeout_s: float, what: str) -> asyncio.TimerHandle:
-        error = UpstreamTimeoutError(f"no {what} within {timeout_s:g} s")
-        timer = self._loop.call_later(timeout_s, leg.failed, error)
-        self._timers.append(timer)
-        return timer
+        return self._loop.call_later(timeout_s, _too_late, leg, what, timeout_s)
 
     def _changed(self) -> None:
         """From a leg: something about it is new. Runs in the socket's callback."""
-        if self.prefill is not None:
-            if self.prefill.settled.done():
-                self._tickets[0].give_back()
-                self._prefill_settled(self.prefill)
-            self._blame(self.route.prefill, self.prefill.state.error)
-        self._blame(self.route.decode, self.decode.state.error)
-        if self.decode.state.begun and self._first_byte_timer is not None:
-            self._first_byte_timer.cancel()
+        prefill, decode = self.prefill, self.decode.state
+        if prefill is not None and prefill.settled.done():
+            self._tickets[0].give_back()
+            if self.decode_exchange is None:
+                self._prefill_settled(prefill)
+            if prefill.state.error is not None:
+                self._blame(self.route.prefill, prefill.state.error)
+        if decode.error is not None:
+            self._blame(self.route.decode, decode.error)
         if not self._judged.done():
-            verdict = judge(self.prefill.state if self.prefill else None, self.decode.state)
+            verdict = judge(prefill.state if prefill is not None else None, decode)
             if verdict is not Verdict.WAIT:
                 self._judged.set_result(verdict)
+                if self._first_byte_timer is not None:
+                    self._first_byte_timer.cancel()
 
     def _prefill_settled(self, leg: PrefillLeg) -> None:
         """It is D's turn, if it wasn't before, and if P's answer is a good one."""
-        if self.decode_exchange is not None or self._closed or leg.done_at is None:
+        if self._closed or self._record.prefill_done_at is None:
             return
         try:
             self._send_decode(leg.body)
         except UpstreamError as error:
             leg.state.error = error
 
-    def _blame(self, instance: Instance | None, error: UpstreamError | None) -> None:
+    def _blame(self, instance: Instance | None, error: UpstreamError) -> None:
         """A broken connection takes the instance out at once, also if this request no longer needs it."""
-        if instance is None or error is None or instance in self._blamed:
+        if instance is None or instance in self._blamed:
             return
         self._blamed.add(instance)
         if isinstance(error, UpstreamConnectionError):
-            self._client.forget_idle(instance.address)
+            self._upstreams.client.forget_idle(instance.address)
             if not isinstance(error, StaleConnectionError):
-                self._pool.connection_failed(instance, str(error), monotonic())
+                self._upstreams.pool.connection_failed(instance, str(error), monotonic())
 
     async def verdict(self) -> Verdict:
         """What to do now; never WAIT."""
@@ -181,11 +179,16 @@ class Attempt:
         self.decode.forget()
         if self.prefill is not None:
             self.prefill.forget()
-        for timer in self._timers:
-            timer.cancel()
+        for timer in (self._prefill_timer, self._first_byte_timer):
+            if timer is not None:
+                timer.cancel()
         if self._prefill_exchange is not None:
             self._prefill_exchange.close()
         if self.decode_exchange is not None:
             self.decode_exchange.close()
         for ticket in self._tickets:
             ticket.give_back()
+
+
+def _too_late(leg: PrefillLeg | DecodeLeg, what: str, timeout_s: float) -> None:
+    leg.failed(UpstreamTimeoutError(f"no {what} within {timeout_s:g} s"))

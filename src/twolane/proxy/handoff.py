@@ -31,8 +31,7 @@ class Handoff:
     ) -> None:
         self._job = job
         self._responder = responder
-        self.record = record
-        self.attempt: Attempt | None = None  # the last; None: it still waits for its turn
+        self._record = record
         self._upstreams = upstreams
         self._stats = stats
         self._tried = Tried()
@@ -45,31 +44,29 @@ class Handoff:
         try:
             await self._attempts()
         except asyncio.CancelledError:
-            self.record.outcome = "client_left" if self._responder.disconnected else "cancelled"
+            self._record.outcome = "client_left" if self._responder.disconnected else "cancelled"
             raise
         except UpstreamError as error:
             self._fail("upstream_failed", error)
         except NoInstanceError as error:
             self._fail("no_instance", error)
         finally:
-            if self.record.ended_at is None:
+            if self._record.ended_at is None:
                 self._close_record()
-            log_request(self.record)
+            log_request(self._record)
 
     def _fail(self, outcome: str, error: UpstreamError | NoInstanceError) -> None:
-        self.record.outcome = outcome
+        self._record.outcome = outcome
         # Whatever went wrong between proxy and instances is a bad gateway, or a late one.
         self._responder.send_error(error, self._headers)
 
     async def _attempts(self) -> None:
         while True:
-            attempt = self.attempt = Attempt(self._job, self._route(), self._upstreams)
+            attempt = Attempt(self._job, self._route(), self._upstreams, self._record)
             self._note(attempt)
             attempt.send()
-            self._note_times(attempt)
             try:
                 verdict = await attempt.verdict()
-                self._note_times(attempt)
                 if verdict in (Verdict.RELAY, Verdict.ANSWER_PREFILL):
                     await self._answer(verdict, attempt)
                     return
@@ -87,7 +84,7 @@ class Handoff:
         raise self._last_error or _nobody_left(pool)
 
     def _note(self, attempt: Attempt) -> None:
-        record, route = self.record, attempt.route
+        record, route = self._record, attempt.route
         self._tried.attempts += 1
         record.attempts += 1
         self._stats.stories.begins(record, attempt.transfer_id)
@@ -96,6 +93,7 @@ class Handoff:
         record.alone_because = route.alone_because
         if self._retried is not None:
             self._stats.retries[self._retried] += 1
+            record.forget_times()
 
     def _learn(self, verdict: Verdict, attempt: Attempt) -> None:
         """Draws the conclusion from a failed attempt, before the next."""
@@ -106,7 +104,7 @@ class Handoff:
         logger.warning(
             'leg failed transfer_id=%s request_id=%s role=%s address=%s reason="%s"',
             attempt.transfer_id or "-",
-            self.record.request_id,
+            self._record.request_id,
             culprit.role,
             culprit.address,
             error,
@@ -123,38 +121,28 @@ class Handoff:
         if verdict is Verdict.ANSWER_PREFILL:
             self._answer_from_prefill(attempt)
             return
-        record = self.record
+        record = self._record
         error = await Relay(attempt, self._responder, self._upstreams.settings, self._headers).run()
         if error is not None:
             record.outcome = "client_stalled" if isinstance(error, ClientTooSlowError) else "decode_died"
             logger.warning('answer cut transfer_id=%s reason="%s"', attempt.transfer_id or "-", error)
         else:
             record.outcome = "ok" if self._responder.status < 400 else "rejected"
-        self._note_times(attempt)
         self._close_record()
         if record.outcome == "ok":
             await attempt.prefill_settled(self._upstreams.settings.prefill_linger_s)
-            self._note_times(attempt)
 
     def _answer_from_prefill(self, attempt: Attempt) -> None:
         leg = attempt.prefill
         assert leg is not None
-        self.record.outcome = "rejected"
+        self._record.outcome = "rejected"
         headers = end_to_end(leg.headers, HOP_BY_HOP | {b"x-request-id"}) + self._headers
         self._responder.send(leg.state.status, headers, leg.body)
 
-    def _note_times(self, attempt: Attempt) -> None:
-        record = self.record
-        record.prefill_sent_at = attempt.prefill_sent_at
-        record.decode_sent_at = attempt.decode_sent_at
-        record.first_byte_at = attempt.decode.first_data_at
-        if attempt.prefill is not None:
-            record.prefill_done_at = attempt.prefill.done_at
-
     def _close_record(self) -> None:
-        self.record.status = self._responder.status
-        self.record.ended_at = monotonic()
-        self._stats.ended(self.record)
+        self._record.status = self._responder.status
+        self._record.ended_at = monotonic()
+        self._stats.ended(self._record)
 
 
 def _nobody_left(pool: Pool) -> NoInstanceError:

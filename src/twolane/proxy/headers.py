@@ -47,7 +47,7 @@ def connection_options(headers: Headers) -> frozenset[bytes]:
 
 
 def encode(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    return b"".join(b"%b: %b\r\n" % pair for pair in headers)
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
 def status_line(status: int) -> bytes:

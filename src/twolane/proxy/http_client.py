@@ -41,7 +41,7 @@ class Exchange:
         self.finished = False
         self._connecting: asyncio.Task[None] | None = None
         self._connection: UpstreamConnection | None = None
-        self._paused = False
+        self.paused = False
 
     def connect_with(self, task: asyncio.Task[None]) -> None:
         self._connecting = task
@@ -50,17 +50,17 @@ class Exchange:
         self._connecting = None
         self._connection = connection
         connection.begin(self, request)
-        if self._paused:
+        if self.paused:
             connection.pause()
 
     def pause(self) -> None:
         """Stops reading: the instance is held back by TCP. Idempotent."""
-        self._paused = True
+        self.paused = True
         if self._connection is not None:
             self._connection.pause()
 
     def resume(self) -> None:
-        self._paused = False
+        self.paused = False
         if self._connection is not None:
             self._connection.resume()
 
@@ -173,7 +173,9 @@ class HttpClient:
     # --- what a connection tells its owner -----------------------------------------------------------------
 
     def idle(self, connection: UpstreamConnection) -> None:
-        idle = self._idle.setdefault(connection.address, deque())
+        idle = self._idle.get(connection.address)
+        if idle is None:
+            idle = self._idle[connection.address] = deque()
         if self._closed or len(idle) >= _MAX_IDLE_CONNECTIONS:
             connection.abort()
         else:
@@ -229,6 +231,6 @@ class Whole:
 
 def request_bytes(method: str, target: bytes, address: str, headers: bytes, body: bytes = b"") -> bytes:
     """A whole request. `headers` are encoded lines, without Host and Content-Length."""
-    length = b"content-length: %d\r\n" % len(body) if body or method in ("POST", "PUT") else b""
-    start = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), target, address.encode())
-    return b"".join((start, headers, length, b"\r\n", body))
+    if body or method in ("POST", "PUT"):
+        headers = b"%bcontent-length: %d\r\n" % (headers, len(body))
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b\r\n%b" % (method.encode(), target, address.encode(), headers, body)

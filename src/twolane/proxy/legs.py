@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from twolane.errors import UpstreamError
+from twolane.protocol import LANES
 from twolane.proxy.headers import Headers, find
 from twolane.proxy.histogram import Histogram
+from twolane.proxy.pool import Instance
+from twolane.proxy.stats import RequestRecord
 from twolane.proxy.upstream import ResponseHead
 
 _MAX_PREFILL_BODY_BYTES = 1024 * 1024
@@ -53,13 +56,19 @@ def judge(prefill: LegState | None, decode: LegState) -> Verdict:
 
 
 class _Leg:
-    """What both legs share: a leg settles once, by its end or by its first error, whichever comes first."""
+    """What both legs share: a leg settles once, by its end or by its first error, whichever comes first. Its moments
+    are written into the request's record as they come."""
 
-    def __init__(self, name: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, instance: Instance, record: RequestRecord, on_change: Callable[[], None]) -> None:
         self.state = LegState()
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._name = name
+        self._instance = instance
+        self._record = record
         self._on_change = on_change
+
+    @property
+    def _name(self) -> str:
+        return f"{LANES[self._instance.role]} instance {self._instance.address}"
 
     def failed(self, error: UpstreamError) -> None:
         if self.state.error is None and not self.state.ended:
@@ -75,11 +84,12 @@ class _Leg:
 class PrefillLeg(_Leg):
     """Listens to P. A 4xx is kept, since it may be the client's; a good answer only if its kind `keeps_answer`."""
 
-    def __init__(self, name: str, on_change: Callable[[], None], keeps_answer: bool = False) -> None:
-        super().__init__(name, on_change)
+    def __init__(
+        self, instance: Instance, record: RequestRecord, on_change: Callable[[], None], keeps_answer: bool = False
+    ) -> None:
+        super().__init__(instance, record, on_change)
         self.headers: Headers = []
         self.body = b""
-        self.done_at: float | None = None  # when (monotonic, s) came the end of a good answer
         self._keeps_answer = keeps_answer
         self._num_bytes = 0
 
@@ -100,7 +110,7 @@ class PrefillLeg(_Leg):
         if self.state.error is None:
             self.state.ended = True
             if self.state.status < 300:
-                self.done_at = monotonic()
+                self._record.prefill_done_at = monotonic()
             self._settle()
 
     def forget(self) -> None:
@@ -133,13 +143,14 @@ class Held:
 class DecodeLeg(_Leg):
     """Listens to D. Its answer is held until `sink` is set, then goes there straight from the socket's callback."""
 
-    def __init__(self, name: str, on_change: Callable[[], None], gaps: Histogram) -> None:
-        super().__init__(name, on_change)
+    def __init__(
+        self, instance: Instance, record: RequestRecord, on_change: Callable[[], None], gaps: Histogram
+    ) -> None:
+        super().__init__(instance, record, on_change)
         self._gaps = gaps
         self.head: ResponseHead | None = None
         self.is_stream = False  # server-sent events
         self.held = Held()
-        self.first_data_at: float | None = None
         self.last_data_at = 0.0
         self.sink: Callable[[bytes, bool], None] | None = None  # is told which bytes are the last
         self.on_held: Callable[[], None] | None = None  # more is held
@@ -168,8 +179,8 @@ class DecodeLeg(_Leg):
         if self.state.error is not None:
             return
         self.held.add(data)
-        if self.first_data_at is None:
-            self.first_data_at = self.last_data_at
+        if self._record.first_byte_at is None:
+            self._record.first_byte_at = now
             self._begin()
         if self.on_held is not None:
             self.on_held()

@@ -10,7 +10,6 @@ from typing import Any
 
 from twolane.proxy.admission import Admission
 from twolane.proxy.engines import Engines
-from twolane.proxy.handoff import Handoff
 from twolane.proxy.history import Generated
 from twolane.proxy.pool import Pool, State
 from twolane.proxy.power import Power
@@ -36,7 +35,7 @@ class Sight:
     admission: Admission
     engines: Engines
     power: Power
-    in_flight: Mapping[int, Handoff]  # by serial, the oldest first
+    in_flight: Mapping[int, RequestRecord]  # by serial, the oldest first
     judge: Callable[[], tuple[str, str | None]]  # health, and why it isn't `ok`
 
 
@@ -63,24 +62,22 @@ def marks_of(pool: Pool) -> list[tuple[object, ...]]:
 Where = tuple[int, str, str, str]
 
 
-def open_requests(in_flight: Mapping[int, Handoff]) -> dict[int, Where]:
-    return {serial: _where(serial, handoff) for serial, handoff in islice(in_flight.items(), MAX_OPEN)}
+def open_requests(in_flight: Mapping[int, RequestRecord]) -> dict[int, Where]:
+    return {serial: _where(record) for serial, record in islice(in_flight.items(), MAX_OPEN)}
 
 
-def _where(serial: int, handoff: Handoff) -> Where:
-    record = handoff.record
-    return serial, phase_of(handoff), record.prefill, record.decode
+def _where(record: RequestRecord) -> Where:
+    return record.serial, phase_of(record), record.prefill, record.decode
 
 
-def phase_of(handoff: Handoff) -> str:
-    attempt = handoff.attempt
-    if attempt is None:
+def phase_of(record: RequestRecord) -> str:
+    if not record.attempts:
         return "queue"
-    if attempt.decode.first_data_at is not None:
+    if record.first_byte_at is not None:
         return "decode"
-    if attempt.prefill is None:
+    if not record.prefill:
         return "alone"  # D computes the prompt
-    return "prefill" if attempt.prefill.done_at is None else "handoff"
+    return "prefill" if record.prefill_done_at is None else "handoff"
 
 
 def ended_requests(stats: Stats, since: int, most: int) -> list[dict[str, Any]]:

@@ -69,7 +69,8 @@ class Router:
             return Route(self._pick(decodes, b""), None)  # takes no blocks
         why_alone = self._why_alone(prefills, tried, ask)
         if ask.splits:
-            pairs = [d for d in decodes if not (why_alone and HANDOVERS[d.kind].decodes_alone) and _has(prefills, d)]
+            kinds = {p.kind for p in prefills}
+            pairs = [d for d in decodes if d.kind in kinds and not (why_alone and HANDOVERS[d.kind].decodes_alone)]
             if pairs:
                 decode = self._choose(pairs, ask)
                 partners = [p for p in prefills if p.kind == decode.kind]
@@ -99,10 +100,6 @@ class Router:
         if limit and prefills and all(p.in_flight + p.num_foreign >= limit for p in prefills):
             return "prefill_busy"
         return ""
-
-
-def _has(prefills: Sequence[Instance], decode: Instance) -> bool:
-    return any(p.kind == decode.kind for p in prefills)
 
 
 def make_picker(policy: Policy) -> Picker:

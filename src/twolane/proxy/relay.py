@@ -57,29 +57,40 @@ class Relay:
         self._settings = settings
         self._headers = headers  # ours, added to D's
         self._cutter = EventCutter()
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> UpstreamError | None:
         """None if the client has got D's whole answer, else why not. Raises UpstreamError if it has got nothing."""
-        if not self._leg.is_stream and not await self._held_whole():
-            raise self._leg.state.error or UpstreamError("the answer broke off")
-        self._pass_on()
-        await self._ended()
-        return self._finish()
+        try:
+            if not self._leg.is_stream and not await self._held_whole():
+                raise self._leg.state.error or UpstreamError("the answer broke off")
+            self._pass_on()
+            await self._until(self._leg.settled)
+            return self._finish()
+        finally:
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
 
     async def _held_whole(self) -> bool:
         """Holds back an answer that is no stream, until it is whole or too large to hold. False if it broke off."""
         limit_bytes = self._settings.max_held_body_bytes
         enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+        def is_enough(_settled: object = None) -> None:
+            if not enough.done():
+                enough.set_result(None)
+
         def on_held() -> None:
             if self._leg.held.num_bytes > limit_bytes and not enough.done():
                 self._exchange.pause()
-                enough.set_result(None)
+                is_enough()
 
         self._leg.on_held = on_held
         on_held()
-        while not self._leg.settled.done() and not enough.done():
-            await self._wait_a_while(self._leg.settled, enough)
+        if self._leg.settled.done():
+            is_enough()
+        self._leg.settled.add_done_callback(is_enough)
+        await self._until(enough)
         self._leg.on_held = None
         return self._leg.state.error is None
 
@@ -94,7 +105,8 @@ class Relay:
         sink = self._write_events if leg.is_stream else self._write
         sink(leg.held.take(), whole)
         leg.sink = sink
-        self._flow(responder.paused)
+        if responder.paused or self._exchange.paused:
+            self._flow(responder.paused)
 
     def _write(self, data: bytes, is_last: bool) -> None:
         if is_last:
@@ -116,16 +128,20 @@ class Relay:
             self._leg.last_data_at = monotonic()
             self._exchange.resume()
 
-    async def _ended(self) -> None:
-        while not self._leg.settled.done():
-            await self._wait_a_while(self._leg.settled)
+    async def _until(self, done: asyncio.Future[None]) -> None:
+        """`done` is a future that only this request waits for: cancelling the request cancels it. The leg's end or
+        failure ends the wait at the latest."""
+        if not done.done():
+            if self._idle_timer is None:
+                self._check_idle()
+            await done
 
-    async def _wait_a_while(self, *futures: asyncio.Future[None]) -> None:
-        """Until a future is done, or the answer has been silent for too long, which fails the leg."""
+    def _check_idle(self) -> None:
+        """Comes back when the answer may have been silent for too long, which fails the leg."""
         idle_s = self._settings.stream_idle_timeout_s
         left_s = self._leg.last_data_at + idle_s - monotonic()
         if left_s > 0:
-            await asyncio.wait(futures, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            self._idle_timer = asyncio.get_running_loop().call_later(left_s, self._check_idle)
         elif self._responder.paused:
             self._leg.failed(ClientTooSlowError(f"the client read nothing for {idle_s:g} s"))
         else:

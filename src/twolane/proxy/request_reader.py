@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import httptools
 
 from twolane.errors import BadRequestError, BodyTooLargeError, HeaderTooLargeError, TwoLaneError
-from twolane.proxy.headers import Headers, find
+from twolane.proxy.headers import Headers
 
 # Chunk framing may cost this many bytes for each byte of body before we call it an attack.
 _MAX_FRAMING_FACTOR = 16
@@ -113,43 +113,44 @@ class RequestReader:
     # --- httptools callbacks; an exception raised here comes back as the parser error's __context__ --------
 
     def on_message_begin(self) -> None:
-        self._begin()
         self.phase = Phase.HEAD
 
     def on_url(self, url: bytes) -> None:
         self._request.target += url
-        self._check_head(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._check_head(len(name) + len(value) + 4)
-        if self.phase is Phase.HEAD:  # trailers are dropped
-            self._request.headers.append((name.lower(), value))
-
-    def _check_head(self, num_bytes: int) -> None:
-        self._head_bytes += num_bytes
+        self._head_bytes += len(url)
         if self._head_bytes > self._max_head_bytes:
             raise self._head_too_large()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > self._max_head_bytes:
+            raise self._head_too_large()
+        if self.phase is Phase.HEAD:  # trailers are dropped
+            self._request.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         request = self._request
         request.method = self._parser.get_method().decode("ascii")
         request.http_version = self._parser.get_http_version()
         request.target = origin_form(request.method, request.target)
-        self._check_rules(request)
-        expect = find(request.headers, b"expect") or b""
-        self.wants_continue = expect.lower() == b"100-continue" and request.http_version == "1.1"
+        fields = dict(reversed(request.headers))  # of several with one name the first
+        self._check_rules(request, fields)
+        expect = fields.get(b"expect")
+        if expect is not None:
+            self.wants_continue = expect.lower() == b"100-continue" and request.http_version == "1.1"
         self.phase = Phase.BODY
 
-    def _check_rules(self, request: Request) -> None:
+    def _check_rules(self, request: Request, fields: dict[bytes, bytes]) -> None:
         if request.http_version not in ("1.0", "1.1"):
             raise BadRequestError(f"HTTP/{request.http_version} is not spoken here; use HTTP/1.1")
-        hosts = sum(1 for name, _ in request.headers if name == b"host")
-        if hosts > 1 or (hosts == 0 and request.http_version == "1.1"):
+        num_repeated = len(request.headers) - len(fields)
+        num_hosts = sum(name == b"host" for name, _ in request.headers) if num_repeated else b"host" in fields
+        if num_hosts > 1 or (num_hosts == 0 and request.http_version == "1.1"):
             raise BadRequestError("a request needs exactly one Host header")
-        coding = find(request.headers, b"transfer-encoding")
+        coding = fields.get(b"transfer-encoding")
         if coding is not None and (request.http_version == "1.0" or coding.strip().lower() != b"chunked"):
             raise BadRequestError("the only transfer coding understood is `chunked`, in HTTP/1.1")
-        length = find(request.headers, b"content-length")
+        length = fields.get(b"content-length")
         if length is not None and int(length) > self._max_body_bytes:
             raise self._too_large()
 

@@ -56,7 +56,7 @@ class Responder:
             framing.append((b"connection", b"close"))
         elif self._is_http10:
             framing.append((b"connection", b"keep-alive"))
-        self._head = status_line(status) + encode(headers) + encode(framing) + b"\r\n"
+        self._head = b"%b%b\r\n" % (status_line(status), encode(headers + framing))
 
     def write(self, data: bytes) -> None:
         if not data or self._is_head or self.ended:

@@ -59,8 +59,13 @@ class RequestRecord:
     engine_moments: dict[str, float] | None = None  # what the engines told, by the event's name; see stories
     trace: RequestTrace | None = None  # where spans are wanted
 
+    def forget_times(self) -> None:
+        """Another attempt begins: those of the one before are no longer this request's."""
+        self.prefill_sent_at = self.decode_sent_at = self.prefill_done_at = self.first_byte_at = None
+
     def ms(self, moment: float | None) -> float | None:
-        return None if moment is None else round((moment - self.started_at) * 1e3, 2)
+        """In hundredths. Three of them are in every log line, and `round` takes ten times as long."""
+        return None if moment is None else int((moment - self.started_at) * 1e5 + 0.5) / 1e2
 
     def as_dict(self) -> dict[str, Any]:
         return {

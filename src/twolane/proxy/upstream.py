@@ -10,7 +10,7 @@ import httptools
 import msgspec
 
 from twolane.errors import StaleConnectionError, UpstreamConnectionError, UpstreamError
-from twolane.proxy.headers import Headers, find
+from twolane.proxy.headers import Headers
 
 if TYPE_CHECKING:
     from twolane.proxy.http_client import Exchange
@@ -125,7 +125,8 @@ class UpstreamConnection(asyncio.Protocol):
             self.abort()
         else:
             self._reset()
-            self.resume()
+            if exchange.paused:
+                self.resume()
             self.idle_since = monotonic()
             self._owner.idle(self)
         exchange.finish()
@@ -171,11 +172,12 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if self._complete:
             raise UpstreamError(f"{self.address} sent more than one answer")
-        length = find(self._headers, b"content-length")
+        fields = dict(self._headers)
+        length = fields.get(b"content-length")
         no_body = status in (204, 304)
-        chunked = find(self._headers, b"transfer-encoding") is not None
         length_bytes = 0 if no_body else int(length) if length is not None else None
-        self._head = ResponseHead(status, self._headers, length_bytes, length_bytes is None and not chunked)
+        ends_at_eof = length_bytes is None and b"transfer-encoding" not in fields
+        self._head = ResponseHead(status, self._headers, length_bytes, ends_at_eof)
 
     def on_body(self, data: bytes) -> None:
         self._pieces.append(data)

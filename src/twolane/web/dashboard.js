@@ -8,9 +8,14 @@ import { Stream } from "./stream.js";
 import { $, clock, h, span, text } from "./util.js";
 
 const HEALTH = { ok: "● ok", degraded: "▲ degraded", unavailable: "■ unavailable", draining: "◆ draining" };
+const ANNOUNCE_AFTER_MS = 100;
 const THEMES = { auto: "light", light: "dark", dark: "auto" };
 
-const announce = (what) => text($("announce"), what);
+const said = [];
+/** For who can't see it. What comes at once is told in one message: of several in a row the last alone would be read. */
+const announce = (what) => {
+  if (said.push(what) === 1) setTimeout(() => text($("announce"), said.splice(0).join(" ")), ANNOUNCE_AFTER_MS);
+};
 const logs = new Logs();
 const lanes = new Lanes((name) => logs.open(name), announce);
 const flow = new Flow(lanes);
