@@ -24,6 +24,7 @@ from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
 from twolane.proxy.dashboard import Dashboard
+from twolane.proxy.descriptors import Descriptors
 from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
@@ -66,7 +67,13 @@ class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
     def __init__(
-        self, upstreams: Upstreams, stats: Stats, engines: Engines, power: Power, tracer: Tracer | None = None
+        self,
+        upstreams: Upstreams,
+        stats: Stats,
+        engines: Engines,
+        power: Power,
+        descriptors: Descriptors,
+        tracer: Tracer | None = None,
     ) -> None:
         settings = upstreams.settings
         self.draining = False
@@ -74,6 +81,7 @@ class App:
         self._stats = stats
         self._engines = engines
         self._power = power
+        self._descriptors = descriptors
         self._tracer = tracer
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
@@ -157,7 +165,10 @@ class App:
             return
         record.admitted_at = monotonic()
         try:
+            self._descriptors.check_request()
             await handoff.run()
+        except TooBusyError as error:
+            reject(error, responder, record, self._stats)
         finally:
             self._admission.leave()
 

@@ -7,7 +7,7 @@ import logging
 from time import monotonic
 
 from twolane.config import ProxySettings
-from twolane.errors import StaleConnectionError, UpstreamError, UpstreamTimeoutError
+from twolane.errors import NoDescriptorError, StaleConnectionError, UpstreamError, UpstreamTimeoutError
 from twolane.proxy.http_client import HttpClient, request_bytes
 from twolane.proxy.pool import Instance, Pool, Probe
 
@@ -49,7 +49,7 @@ class Health:
             request = request_bytes("GET", b"/health", instance.address, b"")
             head, _ = await client.fetch(instance.address, request, self._settings.health_timeout_s)
             probe = Probe.HEALTHY if head.status == 200 else Probe.UNHEALTHY
-        except (UpstreamTimeoutError, StaleConnectionError) as error:
+        except (UpstreamTimeoutError, StaleConnectionError, NoDescriptorError) as error:
             self._log(instance, error)
         except UpstreamError as error:
             probe = Probe.UNHEALTHY
