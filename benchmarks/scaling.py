@@ -43,7 +43,7 @@ SHORT = request_bytes(1)
 NUM_SHORT, AT_ONCE = 1600, 16
 HEALTH = b"GET /health HTTP/1.1\r\nHost: mock\r\n\r\n"
 METRICS = b"GET /metrics HTTP/1.1\r\nHost: mock\r\n\r\n"
-SPARE_FILES = 400  # of the proxy's descriptors: kept-alive connections to P, probes, its own files
+SPARE_FILES = 400  # of the proxy's descriptors: its reserve, kept-alive connections to P, probes
 FEW_FOR_PROXIES = 1000  # streams, all together
 
 
@@ -170,7 +170,7 @@ async def watched(made: Proxy, seconds: float) -> dict[str, Any]:
 async def sweep_streams(args: argparse.Namespace, home: Path, num: int, report: dict[str, Any]) -> None:
     """One number of instances, all numbers of streams, which only grow."""
     async with AsyncExitStack() as stack:
-        made = stack.enter_context(proxy(home, 2 * max(args.streams)))
+        made = stack.enter_context(proxy(home, max(args.streams) + 50))
         stack.enter_context(mocks(home, num, [made]))
         ready_s = await until_ready(made, num)
         request_ms, num_failed = await cpu_a_request_ms(made)
@@ -199,7 +199,7 @@ async def side_by_side(args: argparse.Namespace, home: Path, num_proxies: int, r
     """The same instances and streams for several proxies: what each knows, and how even all together are."""
     num = min(30, max(args.instances))
     with ExitStack() as stack:
-        made = [stack.enter_context(proxy(home, 2 * max(args.streams))) for _ in range(num_proxies)]
+        made = [stack.enter_context(proxy(home, max(args.streams) + 50)) for _ in range(num_proxies)]
         stack.enter_context(mocks(home, num, made))
         ready_s = [await until_ready(one, num) for one in made]
         streams = Streams([one.http_port for one in made], args.pace)
