@@ -38,7 +38,7 @@ import uvloop
 from benchmarks.proxy_run import LOAD_CORE, PROXY_CORE, free_ports, process, wait_for_port
 from benchmarks.scaling_load import Streams, Times, ask_again_and_again, get, request_bytes
 
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 120.0
 SHORT = request_bytes(1)
 NUM_SHORT, AT_ONCE = 1600, 16
 HEALTH = b"GET /health HTTP/1.1\r\nHost: mock\r\n\r\n"
@@ -54,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--proxies", default="1,2,4", help="beside each other, 30 instances; 0: leave that out")
     parser.add_argument("--pace", type=float, default=5.0, help="seconds between two tokens of a stream")
     parser.add_argument("--seconds", type=float, default=10.0, help="each point is measured for")
+    parser.add_argument("--minutes", type=float, default=10.0, help="then it ends and shows what there is")
     parser.add_argument("--json", type=Path, help="write the report there, too")
     return parser.parse_args()
 
@@ -108,7 +109,7 @@ async def until_ready(made: Proxy, num: int) -> float:
     """Seconds until the proxy would send something to all of them."""
     began_at = monotonic()
     async with asyncio.timeout(READY_TIMEOUT_S):
-        while sum(i["state"] == "ready" for i in (await made.stats())["instances"]) < num:
+        while sum(i["state"] == "ready" for i in (await made.stats())["instances"]) < num:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return round(monotonic() - began_at, 2)
 
@@ -259,10 +260,15 @@ def most_streams(wanted: list[int]) -> list[int]:
 
 
 async def run(args: argparse.Namespace, home: Path, report: dict[str, Any]) -> None:
-    for num in args.instances:
-        await sweep_streams(args, home, num, report)
-    for num in args.proxies:
-        await side_by_side(args, home, num, report)
+    """Within the time; what fails is left out, with its reason."""
+    parts = [(sweep_streams, num) for num in args.instances] + [(side_by_side, num) for num in args.proxies]
+    async with asyncio.timeout(args.minutes * 60):
+        for part, num in parts:
+            try:
+                await part(args, home, num, report)
+            except (OSError, asyncio.IncompleteReadError) as error:  # TimeoutError is an OSError
+                print(f"{part.__name__} {num} was given up: {error!r}", flush=True)
+                report["left_out"].append(f"{part.__name__} {num}: {error!r}")
 
 
 def main() -> None:
@@ -271,11 +277,11 @@ def main() -> None:
     args.streams = most_streams([int(num) for num in args.streams.split(",")])
     args.proxies = [int(num) for num in args.proxies.split(",") if int(num)]
     os.sched_setaffinity(0, {LOAD_CORE})
-    report: dict[str, Any] = {"idle": [], "points": [], "side_by_side": []}
+    report: dict[str, Any] = {"idle": [], "points": [], "side_by_side": [], "left_out": []}
     report["machine"] = {"cores": os.cpu_count(), "cpu": platform.processor(), "python": platform.python_version()}
     report["load_average"] = [os.getloadavg()[0]]
     began_at = monotonic()
-    with tempfile.TemporaryDirectory() as home, suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory() as home, suppress(KeyboardInterrupt, TimeoutError):
         uvloop.run(run(args, Path(home), report))
     report["load_average"].append(os.getloadavg()[0])
     report |= {"growth": growth(report), "pace_s": args.pace, "took_s": round(monotonic() - began_at, 1)}

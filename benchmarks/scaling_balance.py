@@ -23,6 +23,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import mean, median
 from time import monotonic
 
@@ -102,7 +103,7 @@ class World:
         self._after(0.0, self._comes)
         for number, server in enumerate(self._prefills + self._decodes):
             server.next_word_at = number * REGISTER_EVERY_S / 8  # not all at once
-            self._after(0.0, lambda server=server: self._looks(server))
+            self._after(0.0, partial(self._looks, server))
         while self._events and self._events[0][0] < seconds:
             self.now, _, happens = heapq.heappop(self._events)
             happens()
@@ -115,7 +116,7 @@ class World:
     def _looks(self, server: Server) -> None:
         if self._telling:
             server.look(self.now)
-            self._after(LOOK_EVERY_S, lambda: self._looks(server))
+            self._after(LOOK_EVERY_S, partial(self._looks, server))
 
     def _comes(self) -> None:
         rng = self._random
@@ -136,7 +137,7 @@ class World:
         request.on_p_s = max(0.0, p.free_at - self.now)
         p.free_at = max(p.free_at, self.now) + request.num_tokens / PREFILL_TOKENS_PER_S
         p.queue.append(request)
-        self._after(p.free_at - self.now, lambda: self._prefilled(p))
+        self._after(p.free_at - self.now, partial(self._prefilled, p))
 
     def _prefilled(self, p: Server) -> None:
         request = p.queue.popleft()
@@ -155,7 +156,7 @@ class World:
     def _begin(self, request: Request) -> None:
         """As soon as P is through and D has blocks."""
         if request.prefilled_at >= 0 and request.has_blocks_at >= 0:
-            self._after(request.num_output * ITL_S, lambda: self._ends(request))
+            self._after(request.num_output * ITL_S, partial(self._ends, request))
 
     def _ends(self, request: Request) -> None:
         d = self._of[request.tickets[1].instance]
@@ -187,8 +188,9 @@ def waits_ms(requests: list[Request]) -> dict[str, float]:
     }
 
 
-def simulate(seed: int, num_proxies: int, *, num_each: int = 4, load: float = 0.7, seconds: float = 60.0,
-             telling: bool = True) -> dict[str, float]:
+def simulate(
+    seed: int, num_proxies: int, *, num_each: int = 4, load: float = 0.7, seconds: float = 60.0, telling: bool = True
+) -> dict[str, float]:
     """`load`: the share of time that P computes."""
     return waits_ms(World(seed, num_proxies, num_each, load, telling).run(seconds))
 

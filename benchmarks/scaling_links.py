@@ -6,8 +6,8 @@ computes, not the prompt's bytes. KV a token = 2 x layers x KV heads x head size
 its KV *slower*, and its need of a link smaller. A link that carries the rate leaves one layer after the last; one that
 doesn't leaves bytes / link - prefill.
 
-Measured is one time, Qwen3-4B's on one H200 (docs/LOG.md); all others are that one times the ratio of FLOP over the ratio
-of GPUs, and everything about links is division. Nothing here ran over RDMA.
+Measured is one time, Qwen3-4B's on one H200 (docs/LOG.md); all others are that one times the ratio of FLOP over the
+ratio of GPUs, and everything about links is division. Nothing here ran over RDMA.
 
     python -m benchmarks.scaling_links                      tables as in docs/SCALING.md
     python -m benchmarks.scaling_links --usable 0.5         of the link's line rate
@@ -83,8 +83,8 @@ class Need:
         return self.kv_bytes / self.prefill_s / 1e9
 
     def rest_s(self, link_gb_per_s: float) -> float:
-        """From the last layer computed to the last byte there, if the link has nothing else to do: the last layer of the
-        last chunk, or all that the link hasn't kept up with since the first layer of the first."""
+        """From the last layer computed to the last byte there, if the link has nothing else to do: the last layer of
+        the last chunk, or all that the link hasn't kept up with since the first layer of the first."""
         last_bytes = self.model.kv_bytes_a_token * min(self.num_tokens, CHUNK) / self.model.layers
         first_s = self.prefill_s / self.model.layers / max(1.0, self.num_tokens / CHUNK)
         return max(last_bytes / link_gb_per_s / 1e9, self.kv_bytes / link_gb_per_s / 1e9 - (self.prefill_s - first_s))

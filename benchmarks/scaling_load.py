@@ -82,7 +82,7 @@ class Streams:
         self._request = request_bytes(10**9, pace_s)
         self._streams: list[Stream] = []
 
-    async def grow_to(self, num: int, timeout_s: float = 120.0) -> float:
+    async def grow_to(self, num: int, timeout_s: float = 300.0) -> float:
         """Opens more; returns how many a second, once each has its first token or its error."""
         began_at, before = perf_counter(), len(self._streams)
         async with asyncio.timeout(timeout_s):

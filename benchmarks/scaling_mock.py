@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+from functools import partial
 from time import monotonic
 from typing import cast
 
@@ -44,7 +45,8 @@ class Instance:
         self.connections: set[Connection] = set()
         self.num_streams = 0
         host = host_of(number)
-        me = Registration(role_of(number), f"{host}:{port}", f"{host}:{port + 1}", "twolane", "1", name=f"mock-{number}")
+        addresses = f"{host}:{port}", f"{host}:{port + 1}"
+        me = Registration(role_of(number), *addresses, "twolane", "1", name=f"mock-{number}")
         self._registrar = Registrar(context, discovery, me)
 
     def tick(self, now: float) -> None:
@@ -94,7 +96,7 @@ class Connection(asyncio.Protocol):
         self._pace_s = float(body.user)
         self._instance.num_streams += 1
         self._transport.write(STREAM_HEAD + CHUNK)
-        self._due = monotonic() + self._pace_s * random.random()  # noqa: S311 - spreads them
+        self._due = monotonic() + self._pace_s * random.random()
 
     def _send(self, body: bytes) -> None:
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
@@ -115,7 +117,7 @@ async def serve(port: int, num_instances: int, discovery: str) -> None:
     with zmq.Context() as context:
         instances = [Instance(number, port, context, discovery) for number in range(num_instances)]
         for number, instance in enumerate(instances):
-            await loop.create_server(lambda i=instance: Connection(i), host_of(number), port, backlog=4096)
+            await loop.create_server(partial(Connection, instance), host_of(number), port, backlog=4096)
         while True:
             for instance in instances:
                 instance.tick(monotonic())
