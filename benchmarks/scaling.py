@@ -43,7 +43,7 @@ SHORT = request_bytes(1)
 NUM_SHORT, AT_ONCE = 1600, 16
 HEALTH = b"GET /health HTTP/1.1\r\nHost: mock\r\n\r\n"
 METRICS = b"GET /metrics HTTP/1.1\r\nHost: mock\r\n\r\n"
-SPARE_FILES = 400  # of the proxy's descriptors: its reserve, kept-alive connections to P, probes
+SPARE_FILES = 800  # of the proxy's descriptors: its reserve, kept-alive connections to P, probes
 FEW_FOR_PROXIES = 1000  # streams, all together
 
 
@@ -77,10 +77,10 @@ class Proxy:
         rss_bytes: int = self.process.memory_info().rss
         return round(rss_bytes / 1e6, 1)
 
-    def num_complaints(self) -> int:
+    def complaints(self) -> list[str]:
         """Lines of its log that are no good news."""
         lines = self.log.read_text(errors="replace").splitlines()
-        return sum("WARNING" in line or "ERROR" in line for line in lines)
+        return [line[:300] for line in lines if "WARNING" in line or "ERROR" in line]
 
     async def stats(self) -> Any:
         return json.loads(await get(self.http_port, "/stats"))
@@ -191,7 +191,8 @@ async def sweep_streams(args: argparse.Namespace, home: Path, num: int, report: 
             await asyncio.sleep(1)
             point = await measure(made, args.seconds, streams)
             point |= {"instances": num, "streams": streams.counts.num_open, "opened_per_s": round(opened_per_s, 1)}
-            point["num_errors"] += wanted - streams.counts.num_open + made.num_complaints()
+            point["num_errors"] += wanted - streams.counts.num_open
+            point["complaints"] = made.complaints()[:3]
             report["points"].append(point)
             show(num, wanted, point, f"opened at {opened_per_s:.0f}/s")
 
@@ -212,7 +213,7 @@ async def side_by_side(args: argparse.Namespace, home: Path, num_proxies: int, r
         on_d = [count for count in by_instance if count]
         point |= {"proxies": num_proxies, "instances": num, "known_by_each": [len(s["instances"]) for s in seen]}
         point |= {"ready_s": ready_s, "streams": streams.counts.num_open, "most_on_a_d": max(on_d), "least": min(on_d)}
-        point["num_errors"] += sum(one.num_complaints() for one in made)
+        point["complaints"] = [line for one in made for line in one.complaints()][:3]
         report["side_by_side"].append(point)
         what = f"{num_proxies} proxies, each knows {set(point['known_by_each'])}, on a D {min(on_d)} to {max(on_d)}"
         show(num, FEW_FOR_PROXIES, point, what)
@@ -227,7 +228,7 @@ def show(instances: int, streams: int, point: dict[str, Any], more: str) -> None
         f"{instances:4} instances {streams:6} streams: CPU {point['cpu_percent']:6.2f} %, {point['rss_mb']:6.1f} MB, "
         f"{point['files']:5} files, {point['tokens_per_s']:7.1f} tokens/s, first byte {point['first_byte_ms']['p50']} "
         f"(p99 {point['first_byte_ms']['p99']}) ms, /health p99 {point['health_ms']['p99']} ms, "
-        f"{point['num_errors']} errors {point['first_error']}; {more}",
+        f"{point['num_errors']} errors {point['first_error']}{point.get('complaints') or ''}; {more}",
         flush=True,
     )
 

@@ -8,7 +8,7 @@ once P is through. Each request comes through any of the proxies; all of them he
 A proxy knows its own requests to the moment and others' by what was told, up to 3 s ago (0.5 s where much has changed),
 and P's queue it knows in requests, not in tokens. That is what several proxies pay for.
 
-    python -m benchmarks.scaling_balance                    4P4D, 1 to 8 proxies, 12 seeds: about 2 minutes
+    python -m benchmarks.scaling_balance                    4P4D, 1 to 8 proxies, 12 seeds: about a minute
     python -m benchmarks.scaling_balance --seeds 3 --load 0.8
 
 The last line is JSON.
@@ -189,7 +189,7 @@ def waits_ms(requests: list[Request]) -> dict[str, float]:
 
 
 def simulate(
-    seed: int, num_proxies: int, *, num_each: int = 4, load: float = 0.7, seconds: float = 60.0, telling: bool = True
+    seed: int, num_proxies: int, *, num_each: int = 4, load: float = 0.7, seconds: float = 40.0, telling: bool = True
 ) -> dict[str, float]:
     """`load`: the share of time that P computes."""
     return waits_ms(World(seed, num_proxies, num_each, load, telling).run(seconds))
@@ -201,7 +201,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--each", type=int, default=4, help="how many P, and how many D")
     parser.add_argument("--load", type=float, default=0.7, help="the share of time that P computes")
-    parser.add_argument("--seconds", type=float, default=60.0, help="simulated")
+    parser.add_argument("--seconds", type=float, default=40.0, help="simulated")
     return parser.parse_args()
 
 
