@@ -105,6 +105,13 @@ class UpstreamTimeoutError(UpstreamError):
     cause = "timeout"
 
 
+class NoDescriptorError(UpstreamError):
+    """The proxy could open no connection for want of something of its own: says nothing about the instance's health."""
+
+    status = 503
+    kind = "service_unavailable"
+
+
 RETRY_CAUSES = tuple(
     error.cause for error in (UpstreamError, UpstreamConnectionError, StaleConnectionError, UpstreamTimeoutError)
 )

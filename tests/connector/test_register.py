@@ -53,6 +53,33 @@ def test_it_registers_at_once_and_says_when_it_leaves(proxy: tuple[zmq.Socket[by
     )
 
 
+def test_every_proxy_hears_everything() -> None:
+    """Also while another one isn't there, and from then on when it has come."""
+    first, second, absent = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as one, context.socket(zmq.ROUTER) as other:
+        late = context.socket(zmq.ROUTER)
+        for socket, address in ((one, first), (other, second)):
+            socket.setsockopt(zmq.RCVTIMEO, 30_000)
+            socket.bind(f"tcp://{address}")
+        where = f"{first},{absent},{second}"
+        prefill = start_prefill(ConnectorSettings(http_address="127.0.0.1:20003", discovery_address=where))
+        try:
+            assert receive(one) == receive(other)
+            prefill.agent.tell_load(IDLE)
+            for socket in (one, other):
+                while receive(socket)[1].load != IDLE:
+                    pass
+            late.setsockopt(zmq.RCVTIMEO, 30_000)
+            late.bind(f"tcp://{absent}")
+            assert receive(late)[1].load == IDLE
+        finally:
+            prefill.agent.stop()
+        for socket in (one, other, late):
+            while not receive(socket)[1].leaving:
+                pass
+        late.close(0)
+
+
 def test_d_tells_the_proxy_why_no_kv_moves(proxy: tuple[zmq.Socket[bytes], str]) -> None:
     socket, address = proxy
     prefill = start_prefill(ConnectorSettings(), model="other")

@@ -29,7 +29,8 @@ class Registrar:
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], discovery_address: str, me: Registration, secret: str = ""
     ) -> None:
-        """`secret`: what the proxy wants registrations signed with; empty: not signed."""
+        """`discovery_address`: of all proxies, with commas between them. `secret`: what they want registrations signed
+        with; empty: not signed."""
         self._me = me
         self._secret = secret
         self.load: Load | None = None
@@ -39,13 +40,17 @@ class Registrar:
         self._told_at_s = 0.0
         self._next_s = 0.0
         self._soonest_s = 0.0
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, me.zmq_address.encode())
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
-        self._socket.setsockopt(zmq.SNDHWM, 16)  # room for a goodbye behind what was just told
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 200)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self._socket.connect(f"tcp://{discovery_address}")
+        self._sockets = [self._connect(context, address) for address in discovery_address.split(",")]
+
+    def _connect(self, context: zmq.Context[zmq.Socket[bytes]], discovery_address: str) -> zmq.Socket[bytes]:
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, self._me.zmq_address.encode())
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
+        socket.setsockopt(zmq.SNDHWM, 16)  # room for a goodbye behind what was just told
+        socket.setsockopt(zmq.RECONNECT_IVL, 200)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.connect(f"tcp://{discovery_address}")
+        return socket
 
     def tick(self, now_s: float) -> None:
         self._register(now_s)
@@ -66,7 +71,8 @@ class Registrar:
         """Says goodbye, so that the proxy sends nothing more here."""
         self._tell(time.monotonic())
         self._send(msgspec.structs.replace(self._me, leaving=True, load=None))
-        self._socket.close(linger=200)  # ms
+        for socket in self._sockets:
+            socket.close(linger=200)  # ms
 
     def _tell(self, now_s: float) -> None:
         """What can't be sent is kept for the next time, up to a bound."""
@@ -79,12 +85,15 @@ class Registrar:
         self.outbox.give_back(events, num_dropped)
 
     def _send(self, message: Registration | Story) -> bool:
+        """To all proxies; False if none is there."""
         if self._secret:
             message = sign(message, self._secret, time.time())
-        with contextlib.suppress(zmq.Again):
-            self._socket.send(encode(message), zmq.NOBLOCK)
-            return True
-        return False
+        taken = False
+        for socket in self._sockets:
+            with contextlib.suppress(zmq.Again):
+                socket.send(encode(message), zmq.NOBLOCK)
+                taken = True
+        return taken
 
 
 def changed_much(told: Load | None, now: Load | None) -> bool:

@@ -17,7 +17,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `host`: address the control socket binds, and by which the other side reaches it.
     `http_address`: this instance's own HTTP server, for the registration; empty: don't register.
     `name`: what people call this instance, such as decode-2; empty: its address does.
-    `discovery_address`: the proxy's ZMQ socket; empty: don't register.
+    `discovery_address`: the proxy's ZMQ socket, or several proxies' with commas; empty: don't register.
     `registration_secret_file`: the secret to sign registrations with, where the proxy demands one.
     `lease_s`: how long P keeps the blocks of a finished request without a word from D.
     `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.

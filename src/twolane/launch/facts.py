@@ -76,7 +76,7 @@ def gather(plan: Plan, folders: list[Path], running: bool) -> Facts:
         disk_free_bytes={str(path): _free_bytes(path) for path in folders},
         memory_free_bytes=psutil.virtual_memory().available,
         shm_free_bytes=_free_bytes(SHM),
-        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # the proxy raises its own to that
         clock_behind_s=max(0.0, _passed_for_certain(plan) - time.time()),
         clock_synchronised=clock_synchronised(),
     )

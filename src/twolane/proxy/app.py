@@ -24,6 +24,7 @@ from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
 from twolane.proxy.body import SplitBody, parse_body
 from twolane.proxy.dashboard import Dashboard
+from twolane.proxy.descriptors import Descriptors
 from twolane.proxy.engines import Engines
 from twolane.proxy.handoff import Handoff, reject
 from twolane.proxy.headers import HOP_BY_HOP, encode, end_to_end, find
@@ -67,7 +68,13 @@ class App:
     """Handles every request of the server. `draining` is set once, when the proxy is told to stop."""
 
     def __init__(
-        self, upstreams: Upstreams, stats: Stats, engines: Engines, power: Power, tracer: Tracer | None = None
+        self,
+        upstreams: Upstreams,
+        stats: Stats,
+        engines: Engines,
+        power: Power,
+        descriptors: Descriptors,
+        tracer: Tracer | None = None,
     ) -> None:
         settings = upstreams.settings
         self.draining = False
@@ -75,6 +82,7 @@ class App:
         self._stats = stats
         self._engines = engines
         self._power = power
+        self._descriptors = descriptors
         self._tracer = tracer
         self._gatekeeper = Gatekeeper(settings.api_keys, settings.upstream_api_key)
         self._not_passed_on = _NOT_PASSED_ON | self._gatekeeper.replaced
@@ -149,10 +157,11 @@ class App:
                 await self._admission.enter()
             record.admitted_at = monotonic()
             try:
+                self._descriptors.check_request()
                 await handoff.run()
             finally:
                 self._admission.leave()
-        except TooBusyError as error:  # from `enter` alone
+        except TooBusyError as error:  # from `enter` or `check_request`, before anything was answered
             reject(error, responder, record, self._stats)
         finally:
             del self._in_flight[serial]

@@ -11,7 +11,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
-from twolane.errors import BadRequestError, RequestTimeoutError, TwoLaneError
+from twolane.errors import BadRequestError, RequestTimeoutError, TooBusyError, TwoLaneError
 from twolane.proxy.request_reader import Phase, Request, RequestReader
 from twolane.proxy.responder import Responder
 
@@ -46,6 +46,10 @@ class ClientConnection(asyncio.Protocol):
         tcp.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         self._server.joined(self)
         self._set_deadline()
+        try:
+            self._server.descriptors.check_client()
+        except TooBusyError as error:
+            self._refuse(error)
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._server.left(self)

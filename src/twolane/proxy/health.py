@@ -7,11 +7,13 @@ import logging
 from time import monotonic
 
 from twolane.config import ProxySettings
-from twolane.errors import StaleConnectionError, UpstreamError, UpstreamTimeoutError
+from twolane.errors import NoDescriptorError, StaleConnectionError, UpstreamError, UpstreamTimeoutError
 from twolane.proxy.http_client import HttpClient, request_bytes
 from twolane.proxy.pool import Instance, Pool, Probe
 
 logger = logging.getLogger(__name__)
+
+_LOOKS = 20  # at all instances, within `health_every_s`: so what a look costs grows with their number, not its square
 
 
 class Health:
@@ -36,9 +38,10 @@ class Health:
                 await self._sleep(pool.next_probe_at(), now)
 
     async def _sleep(self, until: float | None, now: float) -> None:
-        longest_s = self._settings.health_every_s  # expiry is looked at as often
+        longest_s = self._settings.health_every_s  # expiry is looked at as often; no probe is due again sooner
+        due_s = longest_s if until is None else until - now
         try:
-            async with asyncio.timeout(longest_s if until is None else max(0.0, min(longest_s, until - now))):
+            async with asyncio.timeout(min(longest_s, max(longest_s / _LOOKS, due_s))):
                 await self._due.wait()
         except TimeoutError:
             pass
@@ -49,14 +52,13 @@ class Health:
             request = request_bytes("GET", b"/health", instance.address, b"")
             head, _ = await client.fetch(instance.address, request, self._settings.health_timeout_s)
             probe = Probe.HEALTHY if head.status == 200 else Probe.UNHEALTHY
-        except (UpstreamTimeoutError, StaleConnectionError) as error:
+        except (UpstreamTimeoutError, StaleConnectionError, NoDescriptorError) as error:
             self._log(instance, error)
         except UpstreamError as error:
             probe = Probe.UNHEALTHY
             self._log(instance, error)
         finally:
             pool.probed(instance, probe, monotonic())
-            self.wake()
 
     def _log(self, instance: Instance, error: UpstreamError) -> None:
         logger.debug('probe role=%s address=%s reason="%s"', instance.role, instance.address, error)

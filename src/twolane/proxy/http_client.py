@@ -7,17 +7,20 @@ streamed token costs no task switch.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import deque
 from time import monotonic
 from typing import Protocol
 
 from twolane.config import ProxySettings
-from twolane.errors import UpstreamConnectionError, UpstreamError, UpstreamTimeoutError
+from twolane.errors import NoDescriptorError, UpstreamConnectionError, UpstreamError, UpstreamTimeoutError
 from twolane.protocol import split_address
 from twolane.proxy.upstream import ResponseHead, UpstreamConnection
 
 _MAX_IDLE_CONNECTIONS = 1024  # an instance
 _MAX_FETCHED_BYTES = 16 * 1024 * 1024  # where the caller names no other bound
+# Why a connection can't be made that say nothing about the instance: no descriptors, no memory, no port on our side.
+_OUR_LIMITS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 
 
 class Listener(Protocol):
@@ -96,9 +99,14 @@ class HttpClient:
         self._tasks = tasks
         self._idle: dict[str, deque[UpstreamConnection]] = {}  # by address; most recently used last
         self._open: set[UpstreamConnection] = set()
+        self._num_connecting = 0
         self._closed = False
         self._all_lost = asyncio.Event()
         self._all_lost.set()
+
+    @property
+    def num_sockets(self) -> int:
+        return len(self._open) + self._num_connecting
 
     def send(self, address: str, request: bytes, listener: Listener) -> Exchange:
         """Sends at once over a kept-alive connection, or connects first. Returns without waiting."""
@@ -107,7 +115,10 @@ class HttpClient:
         if connection is not None:
             exchange.run_on(connection, request)
         else:
-            exchange.connect_with(self._tasks.create_task(self._connect(exchange, request)))
+            task = self._tasks.create_task(self._connect(exchange, request))
+            self._num_connecting += 1
+            task.add_done_callback(self._connected)
+            exchange.connect_with(task)
         return exchange
 
     async def fetch(
@@ -142,6 +153,9 @@ class HttpClient:
         for connection in self._idle.pop(address, ()):
             connection.abort()
 
+    def _connected(self, _task: asyncio.Task[None]) -> None:
+        self._num_connecting -= 1
+
     async def _connect(self, exchange: Exchange, request: bytes) -> None:
         address = exchange.address
         timeout_s = self._settings.connect_timeout_s
@@ -152,7 +166,9 @@ class HttpClient:
         except TimeoutError:
             exchange.finish(UpstreamConnectionError(f"{address} did not accept a connection within {timeout_s:g} s"))
         except (OSError, ValueError) as error:
-            exchange.finish(UpstreamConnectionError(f"{address} can't be reached: {error}"))
+            ours = isinstance(error, OSError) and error.errno in _OUR_LIMITS
+            kind = NoDescriptorError if ours else UpstreamConnectionError
+            exchange.finish(kind(f"{address} can't be reached: {error}"))
         else:
             if exchange.finished or self._closed:
                 connection.abort()

@@ -15,6 +15,7 @@ from typing import Any
 from twolane.config import ProxySettings
 from twolane.errors import TwoLaneError
 from twolane.proxy.client_connection import ClientConnection
+from twolane.proxy.descriptors import Descriptors
 from twolane.proxy.request_reader import Request
 from twolane.proxy.responder import Responder
 
@@ -26,8 +27,11 @@ Handler = Callable[[Request, Responder], Coroutine[Any, Any, None]]
 class HttpServer:
     """Owns the listening socket, its connections and their request tasks, which run in the caller's task group."""
 
-    def __init__(self, handler: Handler, settings: ProxySettings, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, handler: Handler, settings: ProxySettings, tasks: asyncio.TaskGroup, descriptors: Descriptors
+    ) -> None:
         self.settings = settings
+        self.descriptors = descriptors
         self._handler = handler
         self._tasks = tasks
         self._server: asyncio.Server | None = None
@@ -69,6 +73,10 @@ class HttpServer:
         for connection in list(self._connections):
             connection.abort()
         await self._deserted.wait()
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._connections)
 
     def joined(self, connection: ClientConnection) -> None:
         self._connections.add(connection)

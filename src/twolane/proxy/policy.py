@@ -140,12 +140,13 @@ class RoundRobin:
         return chosen
 
 
-def _load(instance: Instance) -> int:
-    """Others' requests at a P count as a token each: their prompts' length isn't known, but they tell among equals."""
-    return (instance.in_flight_tokens if instance.role == "P" else instance.in_flight) + instance.num_foreign
+def _load(instance: Instance) -> float:
+    """Others' requests count on D, whose requests last, as they usually are there: all proxies hear the same word, and
+    would all run to whoever had the least in it. On P they are through before the next word."""
+    return instance.in_flight_tokens if instance.role == "P" else instance.in_flight + instance.usual_foreign
 
 
-def _load_and_rank(instance: Instance) -> tuple[int, int, str]:
+def _load_and_rank(instance: Instance) -> tuple[float, int, str]:
     return _load(instance), instance.num_requests, instance.address
 
 

@@ -17,6 +17,7 @@ from twolane.protocol import LOAD_VALID_S, Kind, Load, Registration, Role
 logger = logging.getLogger(__name__)
 
 MAX_HUNG_PROBES = 4
+_WORDS = 10  # others' requests count as in about so many words of the instance
 
 
 class State(enum.StrEnum):
@@ -64,6 +65,7 @@ class Instance:
     load: Load | None = None  # its own word; None: it said nothing, or too long ago
     load_at: float = 0.0
     num_foreign: int = 0  # requests that it had then and that can't have been ours
+    usual_foreign: float = 0.0  # the same, as a mean of its last words
     claimed_tokens: int = 0  # of the prompts that it got since then
     peak_in_flight: int = 0  # since then
 
@@ -87,6 +89,9 @@ class Instance:
         num_theirs = 0 if load is None else load.num_running + load.num_waiting
         self.load, self.load_at = load, now
         self.num_foreign = max(0, num_theirs - self.peak_in_flight)
+        self.usual_foreign = (
+            0.0 if load is None else self.usual_foreign + (self.num_foreign - self.usual_foreign) / _WORDS
+        )
         self.claimed_tokens, self.peak_in_flight = 0, self.in_flight
 
 

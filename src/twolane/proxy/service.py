@@ -17,6 +17,7 @@ from twolane.protocol import Registration
 from twolane.proxy.app import App
 from twolane.proxy.attempt import Upstreams
 from twolane.proxy.dashboard import Dashboard
+from twolane.proxy.descriptors import Descriptors, raise_limit
 from twolane.proxy.discovery import Discovery
 from twolane.proxy.engines import Engines
 from twolane.proxy.health import Health
@@ -64,10 +65,11 @@ class Service:
         self._client = HttpClient(settings, self._tasks)
         upstreams = Upstreams(settings, self.pool, self._client, Router(settings), stats.gaps)
         self.engines = Engines(settings, self.pool, self._client, self._tasks)
-        self._app = App(upstreams, stats, self.engines, self.power, self._tracer)
+        descriptors = self._make_descriptors()
+        self._app = App(upstreams, stats, self.engines, self.power, descriptors, self._tracer)
         for instance in settings.instances:
             self.pool.add_static(as_registration(instance), monotonic())
-        self._server = HttpServer(self._app.handle, settings, self._tasks)
+        self._server = HttpServer(self._app.handle, settings, self._tasks, descriptors)
         self._background = [
             self._tasks.create_task(health.run(self.pool, self._client)),
             self._tasks.create_task(self._server.sweep()),
@@ -81,6 +83,19 @@ class Service:
         self.power.start()
         logger.info("proxy ready host=%s http=%d discovery=%d", settings.host, self.http_port, self.discovery_port)
         return self
+
+    def _make_descriptors(self) -> Descriptors:
+        limit, wanted = raise_limit(), self.settings.max_in_flight
+        descriptors = Descriptors(limit, lambda: self._client.num_sockets + self._server.num_connections)
+        if descriptors.num_requests < wanted:
+            logger.warning(
+                "open files limit=%d are enough for about %d requests at once, fewer than max_in_flight=%d: "
+                "raise the hard limit (LimitNOFILE, ulimit -n)",
+                limit,
+                descriptors.num_requests,
+                wanted,
+            )
+        return descriptors
 
     @property
     def dashboard(self) -> Dashboard:
