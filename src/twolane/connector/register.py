@@ -4,15 +4,20 @@ are P2pNcclConnector's; see protocol.Registration."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 
 import msgspec
 import zmq
 
 from twolane.connector.story import Outbox
-from twolane.protocol import REGISTER_EVERY_S, Load, Registration, Story, clock_identity, encode, sign
+from twolane.curve import LOCKED_OUT, Keys, Knock, ZmqContext, speak
+from twolane.protocol import REGISTER_EVERY_S, Load, Registration, Story, clock_identity, encode
+
+logger = logging.getLogger("vllm.twolane")  # see agent.py
 
 _SOONEST_S = 0.5  # between two registrations, however fast the load changes
+_LOOK_EVERY_S = 1.0  # whether the proxy lets us in
 _TELL_EVERY_S = 0.25  # between two messages about requests ...
 _TELL_MANY_EVERY_S = 0.05  # ... that would be full
 
@@ -26,12 +31,12 @@ class Registrar:
     whoever knows of one to set, and to clear.
     """
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], discovery_address: str, me: Registration, secret: str = ""
-    ) -> None:
-        """`secret`: what the proxy wants registrations signed with; empty: not signed."""
+    def __init__(self, context: ZmqContext, discovery_address: str, me: Registration, keys: Keys | None = None) -> None:
+        """`keys`: of the deployment, where the proxy listens to nobody else; None: not encrypted."""
+        self._context = context
+        self._discovery_address = discovery_address
+        self._keys = keys
         self._me = me
-        self._secret = secret
         self.load: Load | None = None
         self.problem = ""
         self.outbox = Outbox()
@@ -39,15 +44,38 @@ class Registrar:
         self._told_at_s = 0.0
         self._next_s = 0.0
         self._soonest_s = 0.0
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, me.zmq_address.encode())
+        self._look_s = 0.0
+        self._is_locked_out = False
+        self._connect()
+
+    def _connect(self) -> None:
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, self._me.zmq_address.encode())
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up for a proxy that isn't there
         self._socket.setsockopt(zmq.SNDHWM, 16)  # room for a goodbye behind what was just told
         self._socket.setsockopt(zmq.RECONNECT_IVL, 200)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        self._socket.connect(f"tcp://{discovery_address}")
+        speak(self._socket, self._keys)
+        self._knock = Knock(self._socket)
+        self._socket.connect(f"tcp://{self._discovery_address}")
+
+    def _look(self, now_s: float) -> None:
+        """Whether the proxy takes this instance for one of its own. One that didn't may be another by now."""
+        self._look_s = now_s + _LOOK_EVERY_S
+        self._knock.look()
+        if self._knock.is_locked_out:
+            if not self._is_locked_out:
+                logger.error("can't register with the proxy at %s: %s", self._discovery_address, LOCKED_OUT)
+            self._is_locked_out = True
+            self._knock.close()
+            self._socket.close(linger=0)
+            self._connect()
+        elif self._knock.is_let_in:
+            self._is_locked_out = False
 
     def tick(self, now_s: float) -> None:
+        if now_s >= self._look_s:
+            self._look(now_s)
         self._register(now_s)
         if now_s - self._told_at_s >= (_TELL_MANY_EVERY_S if self.outbox.has_many else _TELL_EVERY_S):
             self._tell(now_s)
@@ -66,6 +94,7 @@ class Registrar:
         """Says goodbye, so that the proxy sends nothing more here."""
         self._tell(time.monotonic())
         self._send(msgspec.structs.replace(self._me, leaving=True, load=None))
+        self._knock.close()
         self._socket.close(linger=200)  # ms
 
     def _tell(self, now_s: float) -> None:
@@ -79,8 +108,6 @@ class Registrar:
         self.outbox.give_back(events, num_dropped)
 
     def _send(self, message: Registration | Story) -> bool:
-        if self._secret:
-            message = sign(message, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(message), zmq.NOBLOCK)
             return True
