@@ -42,9 +42,10 @@ class Discovery:
         self._pool = pool
         self._stats = stats
         self._networks = [parse_network(text) for text in settings.allowed_networks]
+        keys = derive_keys(settings.registration_secret)
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._door = Door(self._socket, derive_keys(settings.registration_secret))
+        self._door = Door(self._socket, keys)
         self._complain_after = 0.0
         self._num_unlogged = 0
         self.port = settings.discovery_port
