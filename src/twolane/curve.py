@@ -18,7 +18,6 @@ from zmq.utils.monitor import parse_monitor_message
 
 from twolane.errors import ConfigError
 
-OVERHEAD_BYTES = 64  # what encryption adds to a frame, at most
 HANDSHAKE_S = 10.0  # a connection that hasn't said who it is for so long is closed
 LOCKED_OUT = "one of the two has no registration secret, or another one (registration_secret_file)"
 
@@ -49,6 +48,11 @@ def derive_keys(secret: str) -> Keys | None:
         )
     half = z85.encode(hmac.digest(secret.encode(), _LABEL, "sha256"))
     return Keys(zmq.curve_public(half), half)
+
+
+def overhead_bytes(keys: Keys | None) -> int:
+    """What encryption adds to a frame, at most."""
+    return 64 if keys is not None else 0
 
 
 def speak(socket: ZmqSocket, keys: Keys | None) -> None:

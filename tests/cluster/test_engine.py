@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.hosts import Cluster, why_not
+from tests.cluster.listening import listening
 from tests.cluster.test_cluster import rows
 
 WHY_NOT = why_not()
@@ -51,5 +53,9 @@ def test_prefill_on_one_host_and_decode_on_the_other_give_the_same_tokens(cluste
     alone = ask(cluster, f"{services['prefill']['node']}:{services['prefill']['http_port']}")
     assert through_both["choices"][0]["text"] == alone["choices"][0]["text"]
     assert "pass  KV moved" in cluster.twolane("test").stdout
+    for name in ("prefill", "decode"):
+        found = listening(psutil.Process(services[name]["pid"]))
+        print(name, services[name]["node"], services[name], found)
+    assert 0
     assert "decode: stopped" in cluster.twolane("down").stdout
     assert cluster.instances() == []

@@ -7,7 +7,7 @@ import logging
 
 import zmq
 
-from twolane.curve import LOCKED_OUT, OVERHEAD_BYTES, Door, Keys, Knock, ZmqContext, ZmqSocket, speak
+from twolane.curve import LOCKED_OUT, Door, Keys, Knock, ZmqContext, ZmqSocket, overhead_bytes, speak
 
 MAX_CONTROL_BYTES = 16 << 20  # the longest message is an Announce: 5 bytes a block
 LOCKED_OUT_FOR_S = 60.0  # so long after the last try it is a problem worth showing
@@ -25,7 +25,7 @@ def listen(
     timeout_s: float = LINK_TIMEOUT_S,
 ) -> tuple[ZmqSocket, Door]:
     """A ROUTER at `host:port`, which tells when a message can't go to its peer. Raises zmq.ZMQError."""
-    socket = _make(context, zmq.ROUTER, address, max_bytes, timeout_s)
+    socket = _make(context, zmq.ROUTER, address, max_bytes + overhead_bytes(keys), timeout_s)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     door = Door(socket, keys)
     try:
@@ -48,7 +48,7 @@ def connect(
 ) -> tuple[ZmqSocket, Knock]:
     """A DEALER to `host:port`; doesn't wait for the other side. `receive_ahead`: messages that wait to be taken.
     Raises zmq.ZMQError if that is no address."""
-    socket = _make(context, zmq.DEALER, address, max_bytes, timeout_s)
+    socket = _make(context, zmq.DEALER, address, max_bytes + overhead_bytes(keys), timeout_s)
     socket.setsockopt(zmq.RCVHWM, receive_ahead)  # before it connects, or it counts for nothing
     speak(socket, keys)
     knock = Knock(socket)
@@ -65,7 +65,7 @@ def _make(context: ZmqContext, kind: int, address: str, max_bytes: int, timeout_
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)  # bounded by open transfers and by slots
-    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + OVERHEAD_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(timeout_s * 250))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(timeout_s * 1000))
     socket.setsockopt(zmq.IPV6, address.startswith("["))

@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from twolane.config import ProxySettings
-from twolane.curve import LOCKED_OUT, OVERHEAD_BYTES, Door, derive_keys
+from twolane.curve import LOCKED_OUT, Door, derive_keys, overhead_bytes
 from twolane.errors import ConfigError
 from twolane.protocol import Registration, Story, decode_from_instance, is_loopback, split_address
 from twolane.proxy.pool import Pool
@@ -46,6 +46,7 @@ class Discovery:
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         self._door = Door(self._socket, keys)
+        self._overhead_bytes = overhead_bytes(keys)
         self._complain_after = 0.0
         self._num_unlogged = 0
         self.port = settings.discovery_port
@@ -55,7 +56,7 @@ class Discovery:
         host, port = self._settings.discovery_host, self._settings.discovery_port
         socket = self._socket
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES + OVERHEAD_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES + self._overhead_bytes)
         # An instance that comes back uses the same identity, maybe before we know that the old one is gone.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.setsockopt(zmq.IPV6, 1 if ":" in host else 0)
