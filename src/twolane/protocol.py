@@ -99,7 +99,8 @@ def clock_identity() -> str:
 
 # How the proxies of P2pNcclConnector (vLLM 0.9.2 to 0.23.0) tell both sides about each other: in X-Request-Id,
 # a header that vLLM makes part of the engine's request id, with something before it and behind it.
-_P2P_REQUEST_ID = re.compile(r"___prefill_addr_(?P<P>[^_]+)___decode_addr_(?P<D>[^_]+)_(?P<id>[0-9a-f]{32})")
+P2P_MARK = "___prefill_addr_"
+_P2P_REQUEST_ID = re.compile(P2P_MARK + r"(?P<P>[^_]+)___decode_addr_(?P<D>[^_]+)_(?P<id>[0-9a-f]{32})")
 
 
 def params_from_request_id(request_id: str, role: Role) -> HandoffParams | None:
