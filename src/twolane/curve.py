@@ -33,7 +33,7 @@ ZmqContext = zmq.Context[ZmqSocket]
 class Keys:
     """A Curve25519 key pair. The public half is never told to anybody either."""
 
-    public: bytes
+    public: bytes = field(repr=False)
     secret: bytes = field(repr=False)
 
 
