@@ -36,7 +36,7 @@ WAIT_S = 30.0
 
 @pytest.fixture(autouse=True)
 def short_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve, "HANDSHAKE_S", 1.0)
+    monkeypatch.setattr(curve, "HANDSHAKE_S", 2.0)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ FORGED = Registration("D", "127.0.0.1:1", "127.0.0.1:2", "twolane", "forged")
 
 @pytest.fixture(autouse=True)
 def short_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve, "HANDSHAKE_S", 1.0)
+    monkeypatch.setattr(curve, "HANDSHAKE_S", 2.0)
 
 
 def address_of(c: Cluster) -> str:
