@@ -13,7 +13,7 @@ import twolane
 
 SOURCE = Path(twolane.__file__).parent
 HEAVY = ("torch", "vllm", "transformers", "triton")
-CONNECTOR_MAY_KNOW = ("twolane.connector", "twolane.protocol", "twolane.errors")
+CONNECTOR_MAY_KNOW = ("twolane.connector", "twolane.protocol", "twolane.curve", "twolane.errors")
 
 
 def modules_of(*folders: str) -> list[str]:
@@ -48,7 +48,7 @@ def test_proxy_launcher_and_cli_load_neither_torch_nor_vllm() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "connector").rglob("*.py")), ids=lambda path: path.name)
-def test_the_connector_knows_protocol_and_errors_only(path: Path) -> None:
+def test_the_connector_knows_protocol_curve_and_errors_only(path: Path) -> None:
     own = {module for module in imports_of(path) if within(module, ("twolane",))} - {"twolane"}
     assert {module for module in own if not within(module, CONNECTOR_MAY_KNOW)} == set()
 

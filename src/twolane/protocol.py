@@ -6,10 +6,10 @@ P2pNcclConnector (0.9.2 to 0.23.0) sent, so that its instances work with our pro
 
 from __future__ import annotations
 
-import hmac
+import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -21,7 +21,6 @@ Transport = Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"]  # auto: the first
 PROTOCOL_VERSION = 4
 REGISTER_EVERY_S = 3.0
 LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
-SIGNATURE_VALID_S = 30.0  # clocks of two hosts differ, but a recorded registration must not be good for ever
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -48,8 +47,6 @@ class Registration(msgspec.Struct, frozen=True, omit_defaults=True):
     epoch: str = ""  # new at every start of the instance
     leaving: bool = False  # last words at a clean stop
     problem: str = ""  # why KV can't move here, in words; empty: no trouble known
-    sent_at: float = 0.0  # seconds since 1970; together with `signature`, where the proxy demands a shared secret
-    signature: str = ""  # see `sign`
     load: Load | None = None  # None: not known
     name: str = ""  # what people call it, such as decode-2; empty: it has none
     gpus: list[str] = []  # UUIDs, one a tensor-parallel rank; empty: none, or not known
@@ -92,8 +89,6 @@ class Story(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type", t
     clock: str  # see `clock_identity`
     events: Annotated[list[StoryEvent], msgspec.Meta(max_length=MAX_STORY_EVENTS)]
     num_dropped: Annotated[int, msgspec.Meta(ge=0)] = 0  # events before these that nobody will hear of
-    sent_at: float = 0.0  # these two as in Registration
-    signature: str = ""
 
 
 def clock_identity() -> str:
@@ -104,7 +99,8 @@ def clock_identity() -> str:
 
 # How the proxies of P2pNcclConnector (vLLM 0.9.2 to 0.23.0) tell both sides about each other: in X-Request-Id,
 # a header that vLLM makes part of the engine's request id, with something before it and behind it.
-_P2P_REQUEST_ID = re.compile(r"___prefill_addr_(?P<P>[^_]+)___decode_addr_(?P<D>[^_]+)_(?P<id>[0-9a-f]{32})")
+P2P_MARK = "___prefill_addr_"
+_P2P_REQUEST_ID = re.compile(P2P_MARK + r"(?P<P>[^_]+)___decode_addr_(?P<D>[^_]+)_(?P<id>[0-9a-f]{32})")
 
 
 def params_from_request_id(request_id: str, role: Role) -> HandoffParams | None:
@@ -304,26 +300,6 @@ def decode_from_instance(frame: bytes) -> Registration | Story:
     return _decode_story(frame) if _decode_heading(frame).type == "story" else decode_registration(frame)
 
 
-Signed = TypeVar("Signed", bound=Registration | Story)
-
-
-def sign(message: Signed, secret: str, now: float) -> Signed:
-    """With `sent_at` (seconds since 1970) and an HMAC over all else, so that the secret itself never travels."""
-    stamped = msgspec.structs.replace(message, sent_at=now, signature="")
-    return msgspec.structs.replace(stamped, signature=_signature(stamped, secret))
-
-
-def is_signed(message: Registration | Story, secret: str, now: float) -> bool:
-    """Whether who sent this knows the secret, and sent it within `SIGNATURE_VALID_S` of `now`."""
-    unsigned = msgspec.structs.replace(message, signature="")
-    good = hmac.compare_digest(message.signature.encode(), _signature(unsigned, secret).encode())
-    return good and abs(now - message.sent_at) <= SIGNATURE_VALID_S
-
-
-def _signature(unsigned: Registration | Story, secret: str) -> str:
-    return hmac.new(secret.encode(), encode(unsigned), "sha256").hexdigest()
-
-
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` -> (host, port). IPv6 hosts come in brackets. Raises ValueError, which names the address."""
     host, sep, port = address.rpartition(":")
@@ -334,6 +310,15 @@ def split_address(address: str) -> tuple[str, int]:
 
 def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def rank_address(address: str, rank: int) -> str:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.hosts import Cluster, why_not
+from tests.cluster.listening import listening
 from tests.cluster.test_cluster import rows
 
 WHY_NOT = why_not()
@@ -24,6 +26,41 @@ request = urllib.request.Request(sys.argv[1], sys.argv[2].encode(), {"Content-Ty
 print(urllib.request.urlopen(request, timeout=120).read().decode())
 """
 PROMPT = "A train leaves the station at nine in the morning and travels north. Another one leaves an hour later. " * 12
+
+KNOCK = """
+import sys, zmq
+from twolane.protocol import Registration, encode
+with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+    stranger.setsockopt(zmq.LINGER, 0)
+    refused = stranger.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+    stranger.connect("tcp://" + sys.argv[1])
+    stranger.send(encode(Registration("D", sys.argv[2], sys.argv[2], "twolane", "forged")))
+    assert refused.poll(60000), "he was let in"
+    stranger.disable_monitor()
+    refused.close()
+"""
+STATS = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
+
+
+def check_listens_at_its_node_only(services: dict[str, dict[str, Any]]) -> None:
+    """The instances' HTTP, and P's control and data sockets. What vLLM and torch open for themselves is on loopback."""
+    for name, num_ports in (("prefill", 3), ("decode", 1)):
+        node = services[name]["node"]
+        found = listening(psutil.Process(services[name]["pid"]))
+        assert {host for host, _ in found} <= {node, "127.0.0.1"}, found
+        assert len({port for host, port in found if host == node}) == num_ports, found
+
+
+def check_a_stranger_is_refused(cluster: Cluster) -> None:
+    """From another host, at the proxy and at nobody else's cost."""
+    here, there = (host.address for host in cluster.hosts)
+    cluster.hosts[1].run(sys.executable, "-c", KNOCK, f"{here}:26030", f"{there}:9", env=cluster.env)
+    stats = json.loads(cluster.hosts[0].run(sys.executable, "-c", STATS, "http://127.0.0.1:26010/stats"))
+    assert stats["registration_connections"]["refused"] >= 1
+    assert stats["registrations_refused"] == 0
+    assert {one["address"].partition(":")[0] for one in stats["instances"]} == {here, there}
+    assert len(stats["instances"]) == 2
+    assert "pass  KV moved" in cluster.twolane("test").stdout
 
 
 @pytest.fixture
@@ -51,5 +88,7 @@ def test_prefill_on_one_host_and_decode_on_the_other_give_the_same_tokens(cluste
     alone = ask(cluster, f"{services['prefill']['node']}:{services['prefill']['http_port']}")
     assert through_both["choices"][0]["text"] == alone["choices"][0]["text"]
     assert "pass  KV moved" in cluster.twolane("test").stdout
+    check_listens_at_its_node_only(services)
+    check_a_stranger_is_refused(cluster)
     assert "decode: stopped" in cluster.twolane("down").stdout
     assert cluster.instances() == []

@@ -83,7 +83,6 @@ class SimServer:
     """DataServer."""
 
     def __init__(self, network: Network) -> None:
-        self.refused = 0
         self.lines: dict[bytes, SimSendLine] = {}
         self._network = network
         self.address = f"server {len(network.servers)}"
@@ -97,6 +96,9 @@ class SimServer:
         for line in self.lines.values():
             if line.pipe is not None and line.pipe.is_cut:
                 line.error = "the data connection is lost"
+
+    def take_refused(self) -> int:
+        return 0
 
     def close(self) -> None:
         self.lines.clear()

@@ -20,8 +20,6 @@ from twolane.protocol import (
     Registration,
     decode_registration,
     encode,
-    is_signed,
-    sign,
 )
 
 
@@ -93,22 +91,6 @@ def test_d_tells_the_proxy_why_no_kv_moves(proxy: tuple[zmq.Socket[bytes], str])
         decode.agent.stop()
 
 
-def test_it_signs_with_the_shared_secret(proxy: tuple[zmq.Socket[bytes], str], tmp_path: Path) -> None:
-    socket, address = proxy
-    secret_file = tmp_path / "secret"
-    secret_file.write_text("# shared with the proxy\nopen sesame\n")
-    settings = ConnectorSettings(
-        http_address="127.0.0.1:20003", discovery_address=address, registration_secret_file=str(secret_file)
-    )
-    prefill = start_prefill(settings)
-    try:
-        _, registration = receive(socket)
-    finally:
-        prefill.agent.stop()
-    assert is_signed(registration, "open sesame", time.time())
-    assert not is_signed(registration, "open barley", time.time())
-
-
 def test_a_secret_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: No such file"):
         read_secret(str(tmp_path / "nowhere"))
@@ -157,13 +139,6 @@ def test_it_tells_its_load_and_a_large_change_at_once(proxy: tuple[zmq.Socket[by
 def test_what_a_large_change_is(changes: dict[str, int], much: bool) -> None:
     told = msgspec.structs.replace(IDLE, num_running=10, free_blocks=50)
     assert changed_much(told, msgspec.structs.replace(told, **changes)) is much
-
-
-def test_the_signature_covers_the_load() -> None:
-    signed = sign(Registration("D", "127.0.0.1:1", "127.0.0.1:2", load=IDLE), "secret", 1.0)
-    assert is_signed(decode_registration(encode(signed)), "secret", 1.0)
-    better = msgspec.structs.replace(IDLE, free_blocks=10**6)
-    assert not is_signed(msgspec.structs.replace(signed, load=better), "secret", 1.0)
 
 
 def test_without_a_load_it_is_the_old_connectors_map() -> None:

@@ -27,7 +27,6 @@ from twolane.protocol import (
     StoryEvent,
     clock_identity,
     decode_from_instance,
-    is_signed,
 )
 
 CAUSAL = [  # each of these can't come before the one above it
@@ -203,19 +202,6 @@ def test_the_last_words_come_before_the_goodbye(proxy: Proxy) -> None:
     prefill.agent.stop()
     proxy.read_until("offered")
     assert isinstance(decode_from_instance(proxy.socket.recv_multipart()[-1]), Registration)
-
-
-def test_a_story_is_signed_like_a_registration(proxy: Proxy, tmp_path: Path) -> None:
-    secret_file = tmp_path / "secret"
-    secret_file.write_text("open sesame\n")
-    prefill = start_prefill(settings(proxy, 20003, registration_secret_file=str(secret_file)))
-    try:
-        prefill.offer(story=True)
-        proxy.read_until("offered")
-    finally:
-        prefill.agent.stop()
-    assert is_signed(proxy.stories[0], "open sesame", time.time())
-    assert not is_signed(proxy.stories[0], "open barley", time.time())
 
 
 def test_the_queue_is_bounded_and_counts_what_it_drops() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
@@ -12,7 +11,7 @@ from tests.proxy.scripted import Cluster, ScriptedInstance, cluster, eventually
 
 from twolane.config import ProxySettings
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, sign
+from twolane.protocol import Registration
 from twolane.proxy.pool import State
 from twolane.proxy.service import Service
 
@@ -93,27 +92,6 @@ async def test_discovery_port_in_use_is_named() -> None:
         port = c.service.discovery_port
         with pytest.raises(ConfigError, match=rf"discovery port {port} .*pid \d+.*--discovery-port"):
             await Service(ProxySettings(http_port=0, discovery_port=port)).__aenter__()
-
-
-SECRET = "between us"
-GOOD = Registration("D", "127.0.0.1:1", "127.0.0.1:2", "twolane", "e")
-
-
-async def test_signed_registration_is_taken_and_all_others_are_refused(caplog: pytest.LogCaptureFixture) -> None:
-    now = time.time()
-    forged = [
-        GOOD,
-        sign(GOOD, "guess", now),
-        sign(GOOD, SECRET, now - 3600),  # recorded an hour ago
-        msgspec.structs.replace(sign(GOOD, SECRET, now), http_address="127.0.0.1:6"),
-        msgspec.structs.replace(sign(GOOD, SECRET, now - 3600), sent_at=now),
-    ]
-    async with cluster(0, 0, registration_secret=SECRET) as c:
-        send_raw(c, *map(msgspec.msgpack.encode, forged))
-        await eventually(lambda: "shared secret" in caplog.text)
-        send_raw(c, msgspec.msgpack.encode(sign(GOOD, SECRET, now)))
-        await eventually(lambda: len(c.service.pool) == 1)
-        assert (await c.stats())["registrations_refused"] == len(forged)
 
 
 async def test_only_allowed_networks_may_be_named() -> None:

@@ -16,8 +16,10 @@ from twolane.connector.decode_side import DecodeSide, Finished
 from twolane.connector.head_start import GIVE_UP_S, LIMIT_S
 from twolane.connector.plan import StepPlan
 from twolane.connector.register import Registrar
+from twolane.connector.sockets import LockedOut
 from twolane.connector.stats import Counters
 from twolane.connector.transport.base import Ticket
+from twolane.curve import Keys, Knock
 from twolane.errors import TransferError
 from twolane.protocol import ToPrefill, decode_to_decode, encode
 
@@ -38,9 +40,14 @@ class DecodeAgent(Agent):
         make_side: Callable[[DecodeAgent], DecodeSide],
         registrar: Registrar | None,
         context: zmq.Context[zmq.Socket[bytes]],
+        keys: Keys | None = None,
     ) -> None:
         super().__init__("twolane-decode", registrar, context)
+        self._keys = keys
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._knocks: dict[str, Knock] = {}  # beside them
+        self._locked_out = LockedOut()
+        self._num_refused_messages = 0
         self._outbox: list[tuple[zmq.Socket[bytes], ToPrefill]] = []
         self._leaving: list[zmq.Socket[bytes]] = []  # closed once their last words are sent
         self._steps: list[tuple[StepPlan, Ticket]] = []
@@ -102,17 +109,20 @@ class DecodeAgent(Agent):
         return due
 
     def take_counters(self) -> Counters:
-        return self._side.take_counters()
+        counters = self._side.take_counters()
+        counters.kv_refused_messages, self._num_refused_messages = self._num_refused_messages, 0
+        return counters
 
     # -- Links, under the lock, agent thread
 
     def connect(self, address: str) -> None:
         try:
-            socket = sockets.connect(self.context, address)
+            socket, knock = sockets.connect(self.context, address, self._keys)
         except zmq.ZMQError as error:
             raise TransferError(f"can't connect to {address}: {error.strerror}") from error
-        self._sockets[address] = socket
-        self.poller.register(socket, zmq.POLLIN)
+        self._sockets[address], self._knocks[address] = socket, knock
+        for one in (socket, knock.socket):
+            self.poller.register(one, zmq.POLLIN)
 
     def send(self, address: str, message: ToPrefill) -> None:
         if socket := self._sockets.get(address):
@@ -120,8 +130,10 @@ class DecodeAgent(Agent):
 
     def disconnect(self, address: str) -> None:
         self.unwatch_process(address)
-        socket = self._sockets.pop(address)
-        self.poller.unregister(socket)
+        socket, knock = self._sockets.pop(address), self._knocks.pop(address)
+        for one in (socket, knock.socket):
+            self.poller.unregister(one)
+        knock.close()
         self._leaving.append(socket)
 
     def watch(self, address: str, pid: int, host: str) -> None:
@@ -130,6 +142,8 @@ class DecodeAgent(Agent):
     # -- agent thread
 
     def on_readable(self, ready: dict[object, int]) -> None:
+        for address in [address for address, knock in self._knocks.items() if knock.socket in ready]:
+            self._on_knock(address, time.monotonic())
         for address, socket in list(self._sockets.items()):
             while socket in ready and self._sockets.get(address) is socket:
                 try:
@@ -141,11 +155,21 @@ class DecodeAgent(Agent):
                     self._landed.notify_all()
                 self._flush()
 
+    def _on_knock(self, address: str, now_s: float) -> None:
+        self._knocks[address].look()
+        if self._knocks[address].is_locked_out:
+            with self.lock:
+                self._side.on_locked_out(address, self._locked_out.note(address, now_s), now_s)
+                self._landed.notify_all()
+        elif self._knocks[address].is_let_in:
+            self._locked_out.clear(address)
+
     def _on_frame(self, address: str, frame: bytes) -> None:
         now_s = time.monotonic()
         try:
             message = decode_to_decode(frame)
         except msgspec.MsgspecError as error:
+            self._num_refused_messages += 1
             self._side.on_garbage(address, error, now_s)
         else:
             self._side.on_message(address, message, now_s)
@@ -162,7 +186,7 @@ class DecodeAgent(Agent):
                 self._side.begin_step(plan, gate, now_s)
             self._side.settle(now_s)
             self._side.tick(now_s)
-            self.tell_proxy(self._side.problem)
+            self.tell_proxy(self._side.problem or self._locked_out.problem(now_s))
             deadline_s = self._side.next_deadline_s
             self._landed.notify_all()
         self._flush()
@@ -179,6 +203,8 @@ class DecodeAgent(Agent):
             socket.close(linger=LAST_WORDS_MS)
 
     def close(self) -> None:
+        for knock in self._knocks.values():
+            knock.close()
         for socket in (*self._sockets.values(), *self._leaving):
             socket.close()
         self._side.close()

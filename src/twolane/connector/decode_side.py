@@ -313,6 +313,11 @@ class DecodeSide:
                 self._revoked.remove(peer)
                 peer.channel.close()
 
+    def on_locked_out(self, address: str, reason: str, now_s: float) -> None:
+        """P doesn't take D for one of its own, or D not P."""
+        self._counters.kv_refused_peers += 1
+        self._drop_peer(address, Cause.UNREACHABLE, reason, now_s)
+
     def on_peer_death(self, address: str, now_s: float) -> None:
         self._unusable.pop(address, None)  # the next one there may be another
         self._drop_peer(address, Cause.PEER_DIED, f"prefill instance {address} died", now_s)

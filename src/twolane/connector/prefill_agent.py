@@ -10,12 +10,16 @@ import msgspec
 import zmq
 
 from twolane.connector import sockets
-from twolane.connector.agent import Agent
+from twolane.connector.agent import Agent, logger
 from twolane.connector.plan import Advance, StepPlan
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.register import Registrar
 from twolane.connector.stats import Counters
+from twolane.curve import LOCKED_OUT, DoorCounts, Keys
 from twolane.protocol import Refused, ToDecode, decode_to_prefill, encode
+
+COMPLAIN_EVERY_S = 10.0  # about strangers
+LOOK_EVERY_S = 1.0  # for those who are counted late
 
 
 class PrefillAgent(Agent):
@@ -27,6 +31,7 @@ class PrefillAgent(Agent):
         bind_address: str,
         registrar: Registrar | None,
         context: zmq.Context[zmq.Socket[bytes]],
+        keys: Keys | None = None,
         *,
         loses_tenth: bool = False,
     ) -> None:
@@ -36,8 +41,12 @@ class PrefillAgent(Agent):
         self._outbox: list[tuple[bytes, ToDecode]] = []
         self._loses_tenth = loses_tenth
         self._num_sent = 0
-        self._socket = sockets.listen(self.context, bind_address)
-        self.poller.register(self._socket, zmq.POLLIN)
+        self._num_refused_messages = 0
+        self._complain_after_s = self._look_s = 0.0
+        self._socket, self._door = sockets.listen(self.context, bind_address, keys)
+        self._door_told = DoorCounts()
+        for socket in (self._socket, *self._door.sockets):
+            self.poller.register(socket, zmq.POLLIN)
         self._side = make_side(self)
 
     # -- engine thread
@@ -67,7 +76,12 @@ class PrefillAgent(Agent):
             return self._side.is_idle
 
     def take_counters(self) -> Counters:
-        return self._side.take_counters()
+        counters, told = self._side.take_counters(), self._door_told
+        self._door_told = now = self._door.counts
+        counters.kv_refused_connections = now.refused - told.refused
+        counters.kv_ended_connections = now.ended - told.ended
+        counters.kv_refused_messages, self._num_refused_messages = self._num_refused_messages, 0
+        return counters
 
     # -- Links, under the lock
 
@@ -87,22 +101,26 @@ class PrefillAgent(Agent):
     # -- agent thread
 
     def on_readable(self, ready: dict[object, int]) -> None:
+        if any(socket in ready for socket in self._door.sockets):
+            self._look_at_door(time.monotonic())
         if self._socket not in ready:
             return
         while True:
             try:
-                peer, frame = self._socket.recv_multipart(zmq.NOBLOCK)
+                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            except ValueError:
-                continue  # not our framing: a stranger
             with self.lock:
-                self._on_frame(peer, frame)
+                self._on_frames(peer, frames)
 
-    def _on_frame(self, peer: bytes, frame: bytes) -> None:
+    def _on_frames(self, peer: bytes, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            self._num_refused_messages += 1  # not our framing: a stranger
+            return
         try:
-            message = decode_to_prefill(frame)
+            message = decode_to_prefill(frames[0])
         except msgspec.MsgspecError as error:
+            self._num_refused_messages += 1
             self.send(peer, Refused(f"not understood: {error}"))
             return
         self._side.on_message(peer, message, time.monotonic())
@@ -113,11 +131,25 @@ class PrefillAgent(Agent):
             self._side.on_peer_death(peer)
 
     def on_tick(self, now_s: float) -> None:
+        if now_s >= self._look_s:
+            self._look_at_door(now_s)
         with self.lock:
             self._side.tick(now_s)
             self._side.foretell(now_s)
         while self._push_next():
             pass
+
+    def _look_at_door(self, now_s: float) -> None:
+        self._look_s = now_s + LOOK_EVERY_S
+        num_before = self._door.counts.refused
+        self._door.look()
+        if self._door.counts.refused > num_before and now_s >= self._complain_after_s:
+            self._complain_after_s = now_s + COMPLAIN_EVERY_S
+            logger.warning(
+                "connections refused at the control socket so_far=%d: %s; or a stranger knocks",
+                self._door.counts.refused,
+                LOCKED_OUT,
+            )
 
     def _push_next(self) -> bool:
         """The lock is free between two pushes, so that the engine waits for one at most."""
@@ -133,5 +165,6 @@ class PrefillAgent(Agent):
         return pushed
 
     def close(self) -> None:
+        self._door.close()
         self._socket.close()
         self._side.close()

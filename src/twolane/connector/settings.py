@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from twolane.curve import Keys, derive_keys
 from twolane.errors import ConfigError
 from twolane.protocol import Transport
 
@@ -18,7 +19,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `http_address`: this instance's own HTTP server, for the registration; empty: don't register.
     `name`: what people call this instance, such as decode-2; empty: its address does.
     `discovery_address`: the proxy's ZMQ socket, or several proxies' with commas; empty: don't register.
-    `registration_secret_file`: the secret to sign registrations with, where the proxy demands one.
+    `registration_secret_file`: the deployment's secret: with it this instance speaks only to those who know it too, and
+    encrypts what it says (twolane.curve).
     `lease_s`: how long P keeps the blocks of a finished request without a word from D.
     `peer_timeout_s`: how long D waits for any word from P (handshake, pong, push) while a transfer is open.
     `transfer_timeout_s`: how long D waits for the next block of one transfer (covers P's queue and its prefill).
@@ -59,6 +61,12 @@ def read_secret(path: str) -> str:
     if not secret:
         raise ConfigError(f"registration_secret_file {path} holds no secret: put one into its first line")
     return secret
+
+
+def keys_of(settings: ConnectorSettings) -> Keys | None:
+    """None: nothing is encrypted. Raises ConfigError."""
+    path = settings.registration_secret_file
+    return derive_keys(read_secret(path)) if path else None
 
 
 def parse_settings(extra_config: dict[str, Any]) -> ConnectorSettings:

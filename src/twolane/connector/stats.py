@@ -43,6 +43,9 @@ class Counters:
     kv_head_starts: int = 0
     kv_refused_peers: int = 0
     kv_refused_frames: int = 0
+    kv_refused_messages: int = 0
+    kv_refused_connections: int = 0
+    kv_ended_connections: int = 0
     kv_computed_to_sent_seconds: list[float] = field(default_factory=list)
     kv_computed_to_landed_seconds: list[float] = field(default_factory=list)
     kv_first_block_seconds: list[float] = field(default_factory=list)
@@ -71,8 +74,11 @@ HELP = {
     "kv_receive_failures": "Transfers that this decode instance didn't receive to the end, by cause.",
     "kv_recomputed_tokens": "Prompt tokens this decode instance computed because a transfer failed.",
     "kv_head_starts": "Requests that this decode instance took up before their last byte was there, and waited for it.",
-    "kv_refused_peers": "Connections to the other side on which no KV can move, since the KV caches don't match.",
-    "kv_refused_frames": "Data frames (transport tcp) that were nobody's, or not what was due; thrown away.",
+    "kv_refused_peers": "Connections on which no KV can move: the KV caches don't match, or P refuses D's key.",
+    "kv_refused_frames": "Data frames and connections (transport tcp) that were nobody's, or not what was due.",
+    "kv_refused_messages": "Control messages that were not understood; they change nothing.",
+    "kv_refused_connections": "Control connections without the deployment's key, or that never said who they are.",
+    "kv_ended_connections": "Control connections that ended: D left, a link was cut, a message was too long.",
     "kv_computed_to_sent_seconds": "From P's last layer to the last byte read out of P's blocks.",
     "kv_computed_to_landed_seconds": "From P's last layer to the last byte in D's blocks; P and D on one host only.",
     "kv_first_block_seconds": "From D's announce to the first bytes in D's blocks.",

@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+from twolane.connector.agent import logger
 from twolane.connector.decode_agent import DecodeAgent
 from twolane.connector.decode_side import DecodeSide, Finished
 from twolane.connector.gpus import gpu_uuids
@@ -18,12 +19,13 @@ from twolane.connector.plan import StepPlan
 from twolane.connector.prefill_agent import PrefillAgent
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.register import Registrar
-from twolane.connector.settings import ConnectorSettings, read_secret
+from twolane.connector.settings import ConnectorSettings, keys_of
 from twolane.connector.stats import Counts
 from twolane.connector.story import Story
 from twolane.connector.transport.select import receivers_for, senders_for
+from twolane.curve import Keys, ZmqContext
 from twolane.errors import ConfigError
-from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, join_address, rank_address
+from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, is_loopback, join_address, rank_address
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class WorkerFacts:
         return KVFormat(PROTOCOL_VERSION, self.model, self.kv_dtype, self.block_size, self.tp_size, layout.signature())
 
 
-def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[bytes]]) -> Registrar | None:
+def _registrar(facts: WorkerFacts, epoch: str, context: ZmqContext, keys: Keys | None) -> Registrar | None:
     """Rank 0 speaks for the instance."""
     settings = facts.settings
     if facts.rank != 0 or not settings.discovery_address or not settings.http_address:
@@ -62,8 +64,20 @@ def _registrar(facts: WorkerFacts, epoch: str, context: zmq.Context[zmq.Socket[b
         name=settings.name,
         gpus=gpu_uuids(facts.tp_size),
     )
-    secret = read_secret(settings.registration_secret_file) if settings.registration_secret_file else ""
-    return Registrar(context, settings.discovery_address, me, secret)
+    return Registrar(context, settings.discovery_address, me, keys)
+
+
+def _keys(facts: WorkerFacts) -> Keys | None:
+    """Says so, once an instance, if anybody on the network may speak to it. That is left to the user, whose network may
+    be his own."""
+    keys, host = keys_of(facts.settings), facts.settings.host
+    if keys is None and facts.rank == 0 and not is_loopback(host):
+        logger.warning(
+            "anybody who reaches %s can read and take KV here, and nothing is encrypted: set registration_secret_file, "
+            "the same for the proxy and all instances, unless the network is your own (docs/THREATS.md)",
+            host,
+        )
+    return keys
 
 
 def _story(facts: WorkerFacts, registrar: Registrar | None) -> Story:
@@ -77,8 +91,9 @@ def _identity() -> Identity:
 
 def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> PrefillAgent:
     """Raises ConfigError if the layout can't be moved or the control port is taken."""
+    keys = _keys(facts)
     layout, me, context = layout_of(kv_caches, facts.num_blocks), _identity(), zmq.Context(io_threads=1)
-    registrar = _registrar(facts, me.epoch, context)
+    registrar = _registrar(facts, me.epoch, context, keys)
 
     def make_side(agent: PrefillAgent) -> PrefillSide:
         return PrefillSide(
@@ -94,7 +109,7 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
     address = rank_address(facts.rank_0_address, facts.rank)
     loses = facts.settings.fault == "drop_tenth"
     try:
-        return PrefillAgent(make_side, address, registrar, context, loses_tenth=loses)
+        return PrefillAgent(make_side, address, registrar, context, keys, loses_tenth=loses)
     except zmq.ZMQError as error:
         raise ConfigError(
             f"control address {address}: {error.strerror}. Another process has the port? Set another kv_port."
@@ -103,8 +118,9 @@ def make_prefill_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> Prefill
 
 def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAgent:
     """Raises ConfigError if the layout can't be moved."""
+    keys = _keys(facts)
     layout, me, context = layout_of(kv_caches, facts.num_blocks), _identity(), zmq.Context(io_threads=1)
-    registrar = _registrar(facts, me.epoch, context)
+    registrar = _registrar(facts, me.epoch, context, keys)
 
     def make_side(agent: DecodeAgent) -> DecodeSide:
         return DecodeSide(
@@ -118,7 +134,7 @@ def make_decode_agent(facts: WorkerFacts, kv_caches: dict[str, Any]) -> DecodeAg
             _story(facts, registrar),
         )
 
-    return DecodeAgent(make_side, registrar, context)
+    return DecodeAgent(make_side, registrar, context, keys)
 
 
 class WorkerSide:

@@ -68,7 +68,7 @@ def prepare(settings: Settings, machine: Machine, console: Console) -> Plan:
 
 
 def place_on_cluster(plan: Plan, files: control.Files, console: Console) -> Plan:
-    """Asks the cluster whether it can; makes the secret that registrations are signed with."""
+    """Asks the cluster whether it can; makes the secret that the deployment shares."""
     from twolane.launch.cluster import survey  # noqa: PLC0415 - one machine needs no Ray
 
     host, nodes = survey(plan)

@@ -184,7 +184,7 @@ def _clock(facts: Facts) -> Iterator[Finding]:
         yield Finding("error", "clock", text, remedy)
     elif facts.clock_synchronised is False:
         text = "nothing keeps the clock right (the kernel says: not synchronised)"
-        remedy = "run chrony or `timedatectl set-ntp true` on the host: signed registrations between hosts need 30 s"
+        remedy = "run chrony or `timedatectl set-ntp true` on the host: dates in logs drift"
         yield Finding("warning", "clock", text, remedy)
     else:
         known = "synchronised" if facts.clock_synchronised else "plausible; the kernel does not say whether it is kept"

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import zmq
 
+from twolane.curve import derive_keys, speak
 from twolane.launch import probes
 from twolane.launch.plan import Plan, ServiceSpec
 from twolane.launch.registrar import TYPES
-from twolane.protocol import Registration, encode, sign
+from twolane.protocol import Registration, encode
 
 POLL_S = 0.3
 LEAVING = "leaving"  # a state of the proxy's
@@ -56,9 +57,9 @@ class Goodbye:
     """Owns a socket; never blocks."""
 
     def __init__(self, plan: Plan) -> None:
-        self._secret = Path(plan.secret_file).read_text().strip() if plan.secret_file else ""
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        speak(self._socket, derive_keys(Path(plan.secret_file).read_text().strip() if plan.secret_file else ""))
         self._socket.connect(f"tcp://{plan.discovery_address}")
 
     def say(self, spec: ServiceSpec, entry: dict[str, str]) -> None:
@@ -72,8 +73,6 @@ class Goodbye:
             leaving=True,
             name=spec.name,
         )
-        if self._secret:
-            words = sign(words, self._secret, time.time())
         with contextlib.suppress(zmq.Again):
             self._socket.send(encode(words), zmq.NOBLOCK)
 

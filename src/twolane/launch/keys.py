@@ -44,7 +44,7 @@ HELP = {
     "power_csv": "file into which the power of the GPUs is recorded; beyond 100 MB it moves to NAME.1",
     "power_every": "seconds between two looks at it, while it is recorded or a dashboard shows it",
     "discovery_host": "address at which instances register",
-    "registration_secret_file": "file with the secret that registrations are signed with; needed off loopback",
+    "registration_secret_file": "file with the secret that all instances share; needed off loopback",
     "allow_network": "networks (CIDR) in which registered instances may be",
     "api_key": "clients need one of these keys",
     "api_key_file": "file with more of them, one a line",

@@ -22,8 +22,8 @@ CONNECTORS = "distributed/kv_transfer/kv_connector/v1"
 class Place(msgspec.Struct, frozen=True):
     """Where an instance is. The default: on one machine, where all are on loopback.
 
-    `host`: what it binds, and where others reach it; empty: not known yet. `secret_file`: what its registrations are
-    signed with. `log_dir`: in place of the settings'.
+    `host`: what it binds, and where others reach it; empty: not known yet. `secret_file`: the deployment's secret;
+    empty: there is none. `log_dir`: in place of the settings'.
     """
 
     host: str = "127.0.0.1"

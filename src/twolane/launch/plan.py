@@ -89,7 +89,7 @@ class Plan(msgspec.Struct, frozen=True):
     restart_within_s: float = 600.0
     log_max_bytes: int = 100_000_000
     discovery_host: str = "127.0.0.1"
-    secret_file: str = ""  # what registrations are signed with, where they come from other machines
+    secret_file: str = ""  # what all of it is encrypted with, where there are other machines
     settings: Settings = Settings()  # those of `up`: what is added later is started with the same
 
     @property

@@ -19,6 +19,7 @@ from twolane.errors import (
     UnauthorizedError,
 )
 from twolane.power.report import PowerCollector
+from twolane.protocol import P2P_MARK
 from twolane.proxy.admission import Admission
 from twolane.proxy.attempt import Job, Upstreams
 from twolane.proxy.auth import Gatekeeper
@@ -233,9 +234,10 @@ class App:
 
 
 def _request_id(request: Request) -> str:
-    """The client's, if it is fit for a header and a log line."""
+    """The client's, if it is fit for a header and a log line, and doesn't name instances to the connector: D would take
+    KV from there, and keep it for other clients' prompts that begin alike."""
     given = find(request.headers, b"x-request-id")
-    if given is not None and _GOOD_REQUEST_ID.fullmatch(given):
+    if given is not None and _GOOD_REQUEST_ID.fullmatch(given) and P2P_MARK.encode() not in given:
         return given.decode("ascii")
     return os.urandom(16).hex()
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from time import monotonic, time
+from time import monotonic
 
 import msgspec
 import zmq
 
 from twolane.config import ProxySettings
+from twolane.curve import LOCKED_OUT, Door, derive_keys, overhead_bytes
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, Story, decode_from_instance, is_signed, split_address
+from twolane.protocol import Registration, Story, decode_from_instance, is_loopback, split_address
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import port_in_use
 from twolane.proxy.stats import Stats
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 _MAX_MESSAGE_BYTES = 64 * 1024
 _MESSAGES_A_TURN = 64  # then other callbacks of the loop get theirs
 _COMPLAIN_EVERY_S = 10.0
+_LOOK_EVERY_S = 1.0  # for connections that are counted late
 
 
 class Discovery:
@@ -40,8 +42,11 @@ class Discovery:
         self._pool = pool
         self._stats = stats
         self._networks = [parse_network(text) for text in settings.allowed_networks]
+        keys = derive_keys(settings.registration_secret)
         self._context = zmq.Context(io_threads=1)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._door = Door(self._socket, keys)
+        self._overhead_bytes = overhead_bytes(keys)
         self._complain_after = 0.0
         self._num_unlogged = 0
         self.port = settings.discovery_port
@@ -51,7 +56,7 @@ class Discovery:
         host, port = self._settings.discovery_host, self._settings.discovery_port
         socket = self._socket
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES + self._overhead_bytes)
         # An instance that comes back uses the same identity, maybe before we know that the old one is gone.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.setsockopt(zmq.IPV6, 1 if ":" in host else 0)
@@ -68,16 +73,34 @@ class Discovery:
         self.port = int(endpoint.rstrip(b"\0").rpartition(b":")[2])
 
     def start(self) -> None:
-        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._readable)
-        self._readable()  # the descriptor only tells of changes
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._socket.fileno(), self._readable)
+        for socket in self._door.sockets:
+            loop.add_reader(socket.fileno(), self._look_at_door)
+        self._readable()  # the descriptors only tell of changes
+        self._look_now_and_then()
 
     def close(self) -> None:
+        self._door.close()
         self._socket.close()
         self._context.term()
 
     def stop(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._next_look.cancel()
+        for socket in (self._socket, *self._door.sockets):
+            asyncio.get_running_loop().remove_reader(socket.fileno())
         self.close()
+
+    def _look_now_and_then(self) -> None:
+        self._look_at_door()
+        self._next_look = asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look_now_and_then)
+
+    def _look_at_door(self) -> None:
+        num_before = self._stats.registrants.refused
+        self._door.look()
+        self._stats.registrants = self._door.counts
+        if self._door.counts.refused > num_before:
+            self._complain(f"a connection without the key: {LOCKED_OUT}; or a stranger knocks")
 
     def _readable(self) -> None:
         """Reads until nothing is left: ZMQ's descriptor is edge-triggered."""
@@ -111,9 +134,6 @@ class Discovery:
 
     def _check(self, message: Registration | Story) -> None:
         """Raises ValueError, which says what is wrong with it."""
-        secret = self._settings.registration_secret
-        if secret and not is_signed(message, secret, time()):
-            raise ValueError(f"{message.http_address} did not sign with the shared secret, or its clock is off")
         if isinstance(message, Story):
             return  # it changes nothing but the records of requests that went to that address
         for address in (message.http_address, message.zmq_address):
@@ -147,12 +167,3 @@ def is_allowed(host: str, networks: list[Network]) -> bool:
     except ValueError:
         return False
     return any(address in network for network in networks)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -79,8 +79,11 @@ class RequestCollector(Collector):
         yield _counter("retries", help_text, ("lane", "cause"), by_lane)
         help_text = "Requests whose prompt a decode instance computed itself, by reason."
         yield _counter("decode_alone", help_text, ("reason",), (((why,), n) for why, n in stats.alone.items()))
-        help_text = "Registrations that were refused: unreadable, unsigned, or from where none may come."
+        help_text = "Registrations that were refused: unreadable, or from where none may come."
         yield _counter("registrations_refused", help_text, (), [((), stats.num_registrations_refused)])
+        help_text = "Connections of instances that are over: refused for want of the key, or ended later."
+        over = (((how,), count) for how, count in stats.registrants._asdict().items())
+        yield _counter("registration_connections", help_text, ("end",), over)
         yield _gauge("in_flight_requests", "Generating requests served now.", (), [((), admission.in_flight)])
         yield _gauge("queued_requests", "Requests that wait for their turn.", (), [((), admission.queued)])
         yield _histogram(

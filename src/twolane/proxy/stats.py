@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from twolane.curve import DoorCounts
 from twolane.protocol import LANES, Role
 from twolane.proxy.engine_numbers import EngineNumbers
 from twolane.proxy.histogram import Histogram
@@ -103,6 +104,7 @@ class Stats:
         self.stories = Stories()
         self.gaps = Histogram()  # between arrivals of a stream's bytes; filled by the relay
         self.num_registrations_refused = 0
+        self.registrants = DoorCounts()  # connections to the discovery socket
 
     @property
     def num_ended(self) -> int:
@@ -133,6 +135,7 @@ class Stats:
                 "end_to_end": self.end_to_end.as_dict(),
             },
             "registrations_refused": self.num_registrations_refused,
+            "registration_connections": self.registrants._asdict(),
             "stories": self.stories.as_dict(),
             "recent": [record.as_dict() for record in self.stories.recent(_NUM_RECENT)],
         }

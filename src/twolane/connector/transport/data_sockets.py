@@ -1,8 +1,8 @@
 """The data connections of transport `tcp`, over ZMQ, apart from those of the control messages.
 
 P listens at a port that the system chooses, on the address that it is configured with. D connects, and says the token
-from the handshake; whoever doesn't know one gets nothing. A connection that is lost isn't made again: the two begin
-anew with a handshake. P finds out, since it says a word on each connection every second.
+from the handshake; whoever doesn't know one gets nothing. With keys all of it is encrypted. A connection that is lost
+isn't made again: the two begin anew with a handshake. P finds out, since it says a word on each of them every second.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import zmq
 
 from twolane.connector import sockets
 from twolane.connector.transport.frames import ALIVE, MAX_DATA_BYTES, MAX_HEAD_BYTES, TOKEN_BYTES
+from twolane.curve import Keys, ZmqContext, ZmqSocket
 from twolane.errors import TransferError
 
 _ALIVE_EVERY_S = 1.0
@@ -38,16 +39,19 @@ class SendLine(Protocol):
 
 
 class DataServer(Protocol):
-    """P's, for all D. `refused`: how many frames came from strangers."""
+    """P's, for all D."""
 
     address: str
-    refused: int
 
     def admit(self, token: bytes) -> SendLine:
         """Who says this token, gets what is sent on this line."""
         ...
 
     def poll(self) -> None: ...
+
+    def take_refused(self) -> int:
+        """How many frames and connections were strangers', since the last call."""
+        ...
 
     def close(self) -> None: ...
 
@@ -80,16 +84,18 @@ class DataClient(Protocol):
 class ZmqServer:
     """DataServer. A context of its own, so that no ping waits behind megabytes."""
 
-    def __init__(self, host: str, timeout_s: float, poller: zmq.Poller | None) -> None:
-        """`poller`: told of the socket, so that its owner calls `poll`. Raises TransferError."""
-        self.refused = 0
+    def __init__(self, host: str, timeout_s: float, poller: zmq.Poller | None, keys: Keys | None = None) -> None:
+        """`poller`: told of the sockets, so that their owner calls `poll`. Raises TransferError."""
+        self._num_refused = 0
+        self._num_told = 0
         self._timeout_s = max(_MIN_TIMEOUT_S, timeout_s)
-        self._context: sockets.ZmqContext = zmq.Context(io_threads=1)
+        self._context: ZmqContext = zmq.Context(io_threads=1)
         self._poller = poller
         try:
-            self._socket = sockets.listen(
+            self._socket, self._door = sockets.listen(
                 self._context,
                 f"[{host}]:*" if ":" in host else f"{host}:*",
+                keys,
                 max_bytes=MAX_HEAD_BYTES,
                 timeout_s=self._timeout_s,
             )
@@ -100,13 +106,15 @@ class ZmqServer:
         self._lines: dict[bytes, ZmqSendLine] = {}
         self._said_at_s = 0.0
         if poller is not None:
-            poller.register(self._socket, zmq.POLLIN)
+            for socket in (self._socket, *self._door.sockets):
+                poller.register(socket, zmq.POLLIN)
 
     def admit(self, token: bytes) -> SendLine:
         line = self._lines[token] = ZmqSendLine(self._socket, lambda: self._lines.pop(token, None))
         return line
 
     def poll(self) -> None:
+        self._door.look()
         while True:
             try:
                 route, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -114,7 +122,7 @@ class ZmqServer:
                 break
             line = self._lines.get(frames[0]) if len(frames) == 1 else None
             if line is None or line.route:
-                self.refused += 1
+                self._num_refused += 1
             else:
                 line.route, line.is_joined = route, True
         now_s = time.monotonic()
@@ -123,9 +131,15 @@ class ZmqServer:
             for line in list(self._lines.values()):
                 line.say_alive(now_s, self._timeout_s, self.address)
 
+    def take_refused(self) -> int:
+        told, self._num_told = self._num_told, self._num_refused + self._door.counts.refused
+        return self._num_told - told
+
     def close(self) -> None:
         if self._poller is not None:
-            self._poller.unregister(self._socket)
+            for socket in (self._socket, *self._door.sockets):
+                self._poller.unregister(socket)
+        self._door.close()
         self._socket.close()
         self._context.term()
 
@@ -133,7 +147,7 @@ class ZmqServer:
 class ZmqSendLine:
     """SendLine."""
 
-    def __init__(self, socket: sockets.ZmqSocket, on_close: Callable[[], object]) -> None:
+    def __init__(self, socket: ZmqSocket, on_close: Callable[[], object]) -> None:
         self.is_joined = False
         self.error = ""
         self.route = b""
@@ -172,25 +186,28 @@ class ZmqSendLine:
 class ZmqClient:
     """DataClient."""
 
-    def __init__(self, timeout_s: float, poller: zmq.Poller | None) -> None:
+    def __init__(self, timeout_s: float, poller: zmq.Poller | None, keys: Keys | None = None) -> None:
         """`poller`: told of the sockets, so that its owner looks what has come."""
+        self._keys = keys
         self._timeout_s = max(_MIN_TIMEOUT_S, timeout_s)
         self._poller = poller
-        self._context: sockets.ZmqContext | None = None  # a thread that most D never need
+        self._context: ZmqContext | None = None  # a thread that most D never need
 
     def join(self, address: str, token: bytes) -> ReceiveLine:
         assert len(token) == TOKEN_BYTES
         self._context = self._context or zmq.Context(io_threads=1)
         try:
-            socket = sockets.connect(
+            socket, knock = sockets.connect(
                 self._context,
                 address,
+                self._keys,
                 max_bytes=MAX_DATA_BYTES,
                 timeout_s=self._timeout_s,
                 receive_ahead=_RECEIVE_AHEAD,
             )
         except zmq.ZMQError as error:
             raise TransferError(f"can't connect to {address} for data: {error.strerror}") from error
+        knock.close()  # D has been let in by this P already, or wouldn't know the token
         socket.send(token)
         return ZmqReceiveLine(socket, self._poller)
 
@@ -202,7 +219,7 @@ class ZmqClient:
 class ZmqReceiveLine:
     """ReceiveLine."""
 
-    def __init__(self, socket: sockets.ZmqSocket, poller: zmq.Poller | None) -> None:
+    def __init__(self, socket: ZmqSocket, poller: zmq.Poller | None) -> None:
         self._socket = socket
         self._poller = poller
         if poller is not None:

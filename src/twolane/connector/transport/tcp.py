@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from twolane.connector.layout import KVLayout
-from twolane.connector.settings import ConnectorSettings
+from twolane.connector.settings import ConnectorSettings, keys_of
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.data_sockets import (
@@ -59,8 +59,10 @@ class Invitation(msgspec.Struct, frozen=True):
 def tcp_send(
     layout: KVLayout, copier: Copier, settings: ConnectorSettings, poller: zmq.Poller | None, *, zero: bool
 ) -> TcpSend:
+    keys = keys_of(settings)
+
     def serve() -> DataServer:
-        return ZmqServer(settings.host, settings.peer_timeout_s, poller)
+        return ZmqServer(settings.host, settings.peer_timeout_s, poller, keys)
 
     slot_bytes = max(settings.slot_bytes or copier.slot_bytes, layout.max_item_bytes)
     return TcpSend(copier, serve, slot_bytes=slot_bytes, num_slots=settings.num_slots, zero=zero)
@@ -137,10 +139,7 @@ class TcpSend(SendWay):
         self._channels = [channel for channel in self._channels if not channel.is_over]
 
     def take_refused(self) -> int:
-        if self._server is None:
-            return 0
-        refused, self._server.refused = self._server.refused, 0
-        return refused
+        return 0 if self._server is None else self._server.take_refused()
 
     def close(self) -> None:
         if self._server is not None and self._staging is not None:

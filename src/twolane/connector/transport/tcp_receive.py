@@ -9,7 +9,7 @@ import msgspec
 import zmq
 
 from twolane.connector.layout import KVLayout
-from twolane.connector.settings import ConnectorSettings
+from twolane.connector.settings import ConnectorSettings, keys_of
 from twolane.connector.transport.base import Items, Ticket
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.data_sockets import DataClient, ReceiveLine, ZmqClient
@@ -23,7 +23,7 @@ from twolane.errors import TransferError
 
 def tcp_receive(layout: KVLayout, copier: Copier, settings: ConnectorSettings, poller: zmq.Poller | None) -> TcpReceive:
     slot_bytes = max(settings.slot_bytes or copier.slot_bytes, layout.max_item_bytes)
-    client = ZmqClient(settings.peer_timeout_s, poller)
+    client = ZmqClient(settings.peer_timeout_s, poller, keys_of(settings))
     return TcpReceive(layout, copier, client, slot_bytes=slot_bytes, num_slots=settings.num_slots)
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import zmq
 
 from twolane.connector.plan import Ended
-from twolane.connector.settings import read_secret
+from twolane.connector.settings import keys_of, parse_settings
 from twolane.connector.story import Event, Story
-from twolane.protocol import Registration, Role, encode, sign
+from twolane.curve import speak
+from twolane.protocol import Registration, Role, encode
 
 TEXT = " two trains met"
 TOKENS = len(TEXT.split())
@@ -52,12 +53,12 @@ class Engine:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         address = f"{extra['host']}:{self.config['kv_port']}"
         socket.setsockopt(zmq.IDENTITY, address.encode())
+        speak(socket, keys_of(parse_settings(extra)))
         socket.connect(f"tcp://{extra['discovery_address']}")
         role: Role = "P" if self.config["kv_role"] == "kv_producer" else "D"
         me = Registration(role, extra["http_address"], address, "twolane", self.epoch)
-        secret = read_secret(extra["registration_secret_file"]) if "registration_secret_file" in extra else ""
         while True:
-            socket.send(encode(sign(me, secret, time.time()) if secret else me))
+            socket.send(encode(me))
             time.sleep(1)
 
     def usage(self, max_tokens: int) -> dict[str, int]:
