@@ -26,8 +26,9 @@ logger = logging.getLogger("vllm.twolane")
 TICK_MS = 200  # how often deadlines are looked at; every deadline is seconds
 
 # How long a thread that computes in Python may keep the interpreter while another wants it. Python's 5 ms are as long
-# as a step of D: word of the last byte waited that long for P's engine to finish its bookkeeping (docs/LOG.md).
-SWITCH_INTERVAL_S = 0.0002
+# as a step of D: word of the last byte waited that long for P's engine to finish its bookkeeping (docs/LOG.md). It
+# changes hands four times on the way of that word.
+SWITCH_INTERVAL_S = 0.00005
 
 
 class Agent(ABC):
