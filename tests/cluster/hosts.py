@@ -13,12 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 import twolane
+from tests.network.hosts import called_in
+
+T = TypeVar("T")
 
 SOURCE = Path(twolane.__file__).parent.parent
 FAKE_VLLM = Path(__file__).parent.parent / "launch" / "fake_vllm"
@@ -45,7 +49,10 @@ class Host:
     def __init__(self, number: int) -> None:
         self.number = number
         self.address = f"{NETWORK}.{number}"
-        self._holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        # In a session of its own: Ctrl+C is for the test, which needs it to find what to end.
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         self.pid = self._holder.pid
         own = Path("/proc/self/ns/net").readlink()
         deadline_s = time.monotonic() + STEP_S
@@ -56,6 +63,10 @@ class Host:
 
     def inside(self, *argv: str) -> list[str]:
         return ["nsenter", "--net", "-t", str(self.pid), *argv]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls it on this host; what it raises is raised here."""
+        return called_in(f"/proc/{self.pid}/ns/net", function)
 
     def run(self, *argv: str, env: dict[str, str] | None = None, timeout_s: float = STEP_S) -> str:
         done = subprocess.run(
@@ -93,12 +104,13 @@ class Host:
 
 
 class Cluster:
-    """So many hosts with a Ray node of so many CPUs each; the first is the head, on which commands run."""
+    """Hosts with a Ray node of so many CPUs each; the first is the head, on which commands run. `env`: for all of it."""
 
-    def __init__(self, folder: Path, num_hosts: int, num_cpus: int, real_engine: bool = False) -> None:
+    def __init__(
+        self, folder: Path, num_cpus: Sequence[int], *, real_engine: bool = False, env: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self._ray_dirs: list[Path] = []
-        self._num_cpus = num_cpus
         path = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.env = {
             **os.environ,
@@ -106,18 +118,34 @@ class Cluster:
             "PYTHONPATH": os.pathsep.join(path if real_engine else [str(FAKE_VLLM), *path]),
             # beside the ports that Ray gives to its workers, and beside its client server's 10001
             **{"HTTP_PROXY_PORT": "26010", "PROXY_PORT": "26030", "COLUMNS": "80"},
+            **(env or {}),
         }
         self.hosts: list[Host] = []
         self._switch = Host(0)
         try:
             self._switch.run("ip", "link", "add", "name", "lan", "type", "bridge")
             self._switch.run("ip", "link", "set", "lan", "up")
-            for number in range(1, num_hosts + 1):
-                self.hosts.append(self._plug_in(Host(number)))
-                self.start_node(number)
+            for count in num_cpus:
+                self.add_host(count)
         except BaseException:
             self.close()
             raise
+
+    def add_host(self, num_cpus: int) -> Host:
+        number = len(self.hosts) + 1
+        self.hosts.append(self._plug_in(Host(number)))
+        self.start_node(number, num_cpus)
+        return self.hosts[-1]
+
+    def cut(self, number: int) -> None:
+        """Pulls its cable: nothing comes, nothing goes, and nobody is told."""
+        self._switch.run("ip", "link", "set", f"p{number}", "down")
+
+    def heal(self, number: int) -> None:
+        self._switch.run("ip", "link", "set", f"p{number}", "up")
+
+    def number_of(self, address: str) -> int:
+        return next(host.number for host in self.hosts if host.address == address)
 
     def _plug_in(self, host: Host) -> Host:
         port = f"p{host.number}"
@@ -131,10 +159,10 @@ class Cluster:
     def address(self) -> str:
         return f"{self.hosts[0].address}:{RAY_PORT}"
 
-    def start_node(self, number: int) -> None:
+    def start_node(self, number: int, num_cpus: int) -> None:
         host = self.hosts[number - 1]
         self._ray_dirs.append(Path(tempfile.mkdtemp(prefix="ray-")))  # short: sockets lie in it
-        words = ["start", f"--node-ip-address={host.address}", f"--num-cpus={self._num_cpus}", "--disable-usage-stats"]
+        words = ["start", f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
         words += [f"--temp-dir={self._ray_dirs[-1]}", "--object-store-memory=80000000"]
         head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--ray-client-server-port=9999"]
         words += head if number == 1 else [f"--address={self.address}"]

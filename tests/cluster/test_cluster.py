@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_hosts(folder: Path) -> Iterator[Cluster]:
-    cluster = Cluster(folder, num_hosts=2, num_cpus=2)
+    cluster = Cluster(folder, [2, 2])
     cluster.env["MODEL"] = str(folder / "tiny")
     yield cluster
     cluster.close()
@@ -95,7 +95,7 @@ def test_instances_of_a_node_that_dies_are_placed_anew(cluster: Cluster) -> None
     up(cluster, "--prefill", "2", "--decode", "2")
     cluster.hosts[1].kill_all()
     wait_for(lambda: len({*nodes(cluster)}) == 2 and not all_ready(cluster), WAIT_S)
-    cluster.start_node(2)
+    cluster.start_node(2, num_cpus=2)
     wait_for(lambda: all_ready(cluster) and len(rows(cluster)) == 5, WAIT_S)
     assert "pass  KV moved" in cluster.twolane("test").stdout
 

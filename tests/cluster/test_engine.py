@@ -28,7 +28,7 @@ PROMPT = "A train leaves the station at nine in the morning and travels north. A
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path, num_hosts=2, num_cpus=1, real_engine=True)
+    cluster = Cluster(tmp_path, [1, 1], real_engine=True)
     yield cluster
     cluster.twolane("down")
     cluster.close()
