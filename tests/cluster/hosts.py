@@ -29,7 +29,10 @@ FAKE_VLLM = Path(__file__).parent.parent / "launch" / "fake_vllm"
 NETWORK = "10.78.0"
 RAY_PORT = 6399
 STEP_S = 180.0
-NO_HOME_CALLS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+RAY_HERE = {
+    **{"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"},  # it calls nobody
+    "RAY_memory_monitor_refresh_ms": "0",  # each node takes the whole machine's memory for its own, and kills actors
+}
 
 
 def why_not() -> str:
@@ -104,7 +107,7 @@ class Host:
 
 
 class Cluster:
-    """Hosts with a Ray node of so many CPUs each; the first is the head, on which commands run. `env`: for all of it."""
+    """Hosts with a Ray node of so many CPUs each. Commands run on the first, the head. `env`: for all of it."""
 
     def __init__(
         self, folder: Path, num_cpus: Sequence[int], *, real_engine: bool = False, env: dict[str, str] | None = None
@@ -114,7 +117,7 @@ class Cluster:
         path = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.env = {
             **os.environ,
-            **NO_HOME_CALLS,
+            **RAY_HERE,
             "PYTHONPATH": os.pathsep.join(path if real_engine else [str(FAKE_VLLM), *path]),
             # beside the ports that Ray gives to its workers, and beside its client server's 10001
             **{"HTTP_PROXY_PORT": "26010", "PROXY_PORT": "26030", "COLUMNS": "80"},

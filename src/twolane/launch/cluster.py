@@ -253,19 +253,22 @@ class RemoteService(Service):
                 asked = asked or placed[1].report.remote(self._life, self._num_heard)
                 try:
                     answer, asked = ray.get(asked, timeout=REPORT_S), None
-                    self._heard(msgspec.convert(answer, Report))
+                    if self._placed is placed:
+                        self._heard(msgspec.convert(answer, Report))
                 except ray.exceptions.GetTimeoutError:
-                    self._no_answer()  # or not placed yet
-                except ray.exceptions.ActorUnavailableError:  # the network, or its end: the next answer tells
-                    asked = None
-                    self._no_answer()
+                    self._no_answer(placed)  # or not placed yet
+                except ray.exceptions.ActorUnavailableError:
+                    asked = None  # the network, or its end: the next answer tells
+                    self._no_answer(placed)
                 except ray.exceptions.RayError:
                     asked = None
                     self._ended = LOST if self._life else None
             time.sleep(REPORT_EVERY_S)
 
-    def _no_answer(self) -> None:
+    def _no_answer(self, placed: tuple[Any, Any]) -> None:
         """It ends with its node, about whose end Ray decides. Until then it may be heard again."""
+        if self._placed is not placed:
+            return
         if self._life and not self._cluster.is_alive(self._node_id):
             self._ended = LOST
         elif self.state.phase == READY:

@@ -28,7 +28,7 @@ from twolane.launch.phases import DRAINING, GIVEN_UP, READY, RESTARTING
 from twolane.launch.plan import Plan, ServiceSpec, plan_file, save_plan
 from twolane.launch.process import identify
 from twolane.launch.readiness import until_ready
-from twolane.launch.scale import in_order
+from twolane.launch.scale import in_order, index_of
 from twolane.launch.service import Service, ServiceError
 from twolane.launch.state import Overall, State, write_state
 
@@ -100,8 +100,8 @@ class Supervisor:
 
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for service in self._services:
-                group.create_task(self._start(service))
+            for service in sorted(self._services, key=lambda service: index_of(service.spec.name)):
+                group.create_task(self._start(service))  # P and D in turns: Ray packs those on a node that come first
         self._enter("up")
         async with asyncio.TaskGroup() as lives:
             for service in self._services:
