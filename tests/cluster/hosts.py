@@ -33,6 +33,13 @@ RAY_HERE = {
     **{"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"},  # it calls nobody
     "RAY_memory_monitor_refresh_ms": "0",  # each node takes the whole machine's memory for its own, and kills actors
 }
+HELD = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False, configure_logging=False, logging_level="ERROR")
+groups = ray.util.placement_group_table().values()
+print(*(group["placement_group_id"] for group in groups if group["state"] != "REMOVED"))
+print(*(name for name, actor in ray._private.state.actors().items() if actor["State"] != "DEAD"))
+"""
 
 
 def why_not() -> str:
@@ -162,16 +169,22 @@ class Cluster:
     def address(self) -> str:
         return f"{self.hosts[0].address}:{RAY_PORT}"
 
-    def start_node(self, number: int, num_cpus: int) -> None:
+    def start_node(
+        self, number: int, num_cpus: int, mount: str = "", program: Sequence[str] = ("-m", "ray.scripts.scripts")
+    ) -> None:
+        """`mount`: a shell command that changes what this node alone sees of the disk."""
         host = self.hosts[number - 1]
         self._ray_dirs.append(Path(tempfile.mkdtemp(prefix="ray-")))  # short: sockets lie in it
         words = ["start", f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
         words += [f"--temp-dir={self._ray_dirs[-1]}", "--object-store-memory=80000000"]
         head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--ray-client-server-port=9999"]
         words += head if number == 1 else [f"--address={self.address}"]
+        python = [sys.executable]
+        if mount:
+            python = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
         for attempt in range(3):  # Ray gives up after 30 s, which no setting changes: too soon for a busy machine
             try:
-                host.run(sys.executable, "-m", "ray.scripts.scripts", *words, env=self.env)
+                host.run(*python, *program, *words, env=self.env)
             except AssertionError:
                 host.kill_all()
                 if attempt == 2:
@@ -179,9 +192,11 @@ class Cluster:
             else:
                 return
 
-    def twolane(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    def twolane(
+        self, *words: str, timeout_s: float = 300.0, program: Sequence[str] = ("-m", "twolane.cli")
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.hosts[0].inside(sys.executable, "-m", "twolane.cli", *words),
+            self.hosts[0].inside(sys.executable, *program, *words),
             cwd=self.folder,
             env=self.env,
             capture_output=True,
@@ -201,6 +216,10 @@ class Cluster:
             if "vllm.entrypoints.openai.api_server" in words or any(word.endswith("/reaper.py") for word in words):
                 found.append(process)
         return found
+
+    def held(self) -> str:
+        """What Ray holds for anybody: placement groups and actors."""
+        return self.hosts[0].run(sys.executable, "-c", HELD, self.address, env=self.env).strip()
 
     def close(self) -> None:
         for host in [*self.hosts, self._switch]:
