@@ -154,6 +154,19 @@ class Cluster:
     def heal(self, number: int) -> None:
         self._switch.run("ip", "link", "set", f"p{number}", "up")
 
+    def kill_node(self, number: int) -> None:
+        """Returns when Ray knows, so that what comes next isn't about a node that dies just now."""
+        self.hosts[number - 1].kill_all()
+        deadline_s = time.monotonic() + STEP_S
+        alive = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, configure_logging=False)\n"
+        alive += "print(*(node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']))"
+        while self.hosts[number - 1].address in self.python(alive):
+            assert time.monotonic() < deadline_s
+
+    def python(self, code: str) -> str:
+        """Runs it on the head; its argument is Ray's address."""
+        return self.hosts[0].run(sys.executable, "-c", code, self.address, env=self.env)
+
     def number_of(self, address: str) -> int:
         return next(host.number for host in self.hosts if host.address == address)
 
@@ -219,7 +232,7 @@ class Cluster:
 
     def held(self) -> str:
         """What Ray holds for anybody: placement groups and actors."""
-        return self.hosts[0].run(sys.executable, "-c", HELD, self.address, env=self.env).strip()
+        return self.python(HELD).strip()
 
     def close(self) -> None:
         for host in [*self.hosts, self._switch]:

@@ -61,7 +61,7 @@ def test_a_driver_unlike_the_cluster(cluster: Cluster, change: str, version: str
 
 @pytest.mark.parametrize(("change", "version"), [(OTHER_RAY, "Ray: 2.50.0"), (OTHER_PYTHON, "Python: 3.9.1")])
 def test_a_node_unlike_the_cluster_is_kept_out_by_ray(cluster: Cluster, change: str, version: str) -> None:
-    cluster.hosts[1].kill_all()
+    cluster.kill_node(2)
     code = as_another(change, "ray.scripts.scripts")
     with pytest.raises(AssertionError, match=f"(?s)Version mismatch.*{version}"):
         cluster.start_node(2, num_cpus=2, program=code)
@@ -69,14 +69,14 @@ def test_a_node_unlike_the_cluster_is_kept_out_by_ray(cluster: Cluster, change: 
 
 
 def test_a_node_with_another_vllm(cluster: Cluster) -> None:
-    cluster.hosts[1].kill_all()
+    cluster.kill_node(2)
     cluster.start_node(2, num_cpus=2, mount=other_vllm(cluster.folder))
     done = cluster.twolane("up", "--ray", cluster.address)
     check_refused(cluster, done, f"node {HERE}", f"node {THERE}", "vLLM 0.31.0 (cpu)", "install the same on all")
 
 
 def test_a_node_without_the_model(cluster: Cluster) -> None:
-    cluster.hosts[1].kill_all()
+    cluster.kill_node(2)
     model = cluster.folder / "tiny"
     cluster.start_node(2, num_cpus=2, mount=f"mount -t tmpfs none {cluster.folder}")
     done = cluster.twolane("up", "--ray", cluster.address)
@@ -84,7 +84,7 @@ def test_a_node_without_the_model(cluster: Cluster) -> None:
 
 
 def test_a_node_without_twolane(cluster: Cluster) -> None:
-    cluster.hosts[1].kill_all()
+    cluster.kill_node(2)
     hidden = Path(str(importlib.metadata.distribution("msgspec").locate_file("msgspec")))
     cluster.start_node(2, num_cpus=2, mount=f"mount -t tmpfs none {hidden}")
     done = cluster.twolane("up", "--ray", cluster.address)
@@ -92,8 +92,17 @@ def test_a_node_without_twolane(cluster: Cluster) -> None:
 
 
 def test_too_little_room(cluster: Cluster) -> None:
-    cluster.hosts[1].kill_all()
+    cluster.kill_node(2)
     cluster.start_node(2, num_cpus=1)
     done = cluster.twolane("up", "--ray", cluster.address, "--prefill", "3")
     free = (f"{HERE}: 2", f"{THERE}: 1")
     check_refused(cluster, done, "4 instances need 4 CPUs of the cluster", *free, "add a node (`ray start --address")
+
+
+def test_a_node_that_is_cut_off(cluster: Cluster) -> None:
+    cluster.cut(2)
+    try:
+        done = cluster.twolane("up", "--ray", cluster.address)
+    finally:
+        cluster.heal(2)
+    check_refused(cluster, done, f"node {THERE} doesn't answer", "see whether it runs and the network reaches it")

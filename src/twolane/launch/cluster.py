@@ -103,9 +103,15 @@ def _ask_nodes(ray: Any, model: ServedModel) -> list[Node]:
         if entry["Alive"]
     }
     nodes = []
+    until_s = time.monotonic() + SURVEY_S
     for node_id, (host, ref) in refs.items():
         try:
-            facts = msgspec.convert(ray.get(ref, timeout=SURVEY_S), NodeFacts)
+            facts = msgspec.convert(ray.get(ref, timeout=max(0.1, until_s - time.monotonic())), NodeFacts)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.TaskUnschedulableError) as error:
+            raise ConfigError(
+                f"node {host} doesn't answer, for {SURVEY_S:g} s or any more: see whether it runs and the network "
+                "reaches it, or wait until Ray holds it for dead (`ray status`)"
+            ) from error
         except (ray.exceptions.RayError, msgspec.ValidationError, ImportError) as error:
             words = " ".join(str(error).split())[-300:]
             raise ConfigError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # A host that is gone sends no end: the kernel finds out, from what isn't acknowledged or from a silent one's probes.
 LOST_HOST_S = 30
-_LOST_HOST = (
+LOST_HOST = (
     (socket.TCP_USER_TIMEOUT, 1000 * LOST_HOST_S),
     (socket.TCP_KEEPIDLE, LOST_HOST_S // 2),
     (socket.TCP_KEEPINTVL, LOST_HOST_S // 6),
@@ -93,7 +93,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
-        for option, value in _LOST_HOST:
+        for option, value in LOST_HOST:
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, value)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
