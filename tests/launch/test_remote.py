@@ -15,7 +15,7 @@ from tests.launch.test_plan import CPU, MODEL
 from tests.launch.test_process import wait_for
 from twolane.config import Settings
 from twolane.launch import cluster
-from twolane.launch.actor import Report
+from twolane.launch.actor import InstanceActor, Report
 from twolane.launch.cluster import RemoteService
 from twolane.launch.kv import Place
 from twolane.launch.phases import READY, SILENT
@@ -173,3 +173,13 @@ def test_one_out_of_reach_is_not_waited_for_when_all_is_ended(driver: Driver) ->
     driver.service._placed = (None, None)
     assert driver.service.stop(15.0) == "was out of reach: Ray ends it"
     assert driver.removed == 1
+
+
+def test_the_actor_tells_again_what_was_not_heard() -> None:
+    actor: Any = object.__new__(InstanceActor)
+    lines = [["one\n"], ["two\n"], [], ["three\n"], []]
+    actor.__dict__ |= {"_life": "first", "_node": "", "_node_id": "", "_gpus": (), "_child": None, "_problem": ""}
+    actor.__dict__ |= {"_log": SimpleNamespace(read=lambda: lines.pop(0)), "_unheard": "", "_num_heard": 0}
+    told = [actor.report(*heard)["log"] for heard in [("before", 99), ("first", 0), ("first", 4), ("first", 4)]]
+    assert told == ["one\n", "one\ntwo\n", "two\n", "two\nthree\n"]
+    assert actor.report("first", 14)["log"] == ""
