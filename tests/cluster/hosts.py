@@ -64,7 +64,7 @@ class Host:
             ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
         self.pid = self._holder.pid
-        own = Path("/proc/self/ns/net").readlink()
+        own = Path("/proc/thread-self/ns/net").readlink()
         deadline_s = time.monotonic() + STEP_S
         while Path(f"/proc/{self.pid}/ns/net").readlink() == own:
             assert time.monotonic() < deadline_s

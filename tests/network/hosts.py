@@ -95,7 +95,7 @@ class Host:
 
     def _set_up(self, mtu: int) -> None:
         deadline_s = time.monotonic() + _START_S
-        own = Path("/proc/self/ns/net").readlink()
+        own = Path("/proc/thread-self/ns/net").readlink()
         while Path(self.namespace).readlink() == own:
             assert time.monotonic() < deadline_s, "unshare doesn't come to its end"
             time.sleep(0.005)
