@@ -199,7 +199,10 @@ class Cluster:
             try:
                 host.run(*python, *program, *words, env=self.env)
             except AssertionError:
-                host.kill_all()
+                if number == 1:
+                    host.kill_all()
+                else:
+                    self.kill_node(number)  # it may have told Ray of itself already
                 if attempt == 2:
                     raise
             else:
