@@ -32,7 +32,7 @@ test: lint  ## lint, then all tests (they start real engines: under 30 minutes o
 	.venv/bin/python -m pytest
 
 test-cluster: install  ## P and D on hosts made of network namespaces, and `twolane up --ray` there; needs root and Ray (.venv/bin/pip install -e '.[ray]')
-	.venv/bin/python -m pytest -m cluster tests/cluster tests/network
+	timeout --foreground -s INT -k 120 1800 .venv/bin/python -m pytest -m cluster tests/cluster tests/network
 
 matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
 	$(PYTHON) scripts/matrix.py $(VERSIONS)

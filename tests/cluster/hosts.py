@@ -13,19 +13,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 import twolane
+from tests.network.hosts import called_in
+
+T = TypeVar("T")
 
 SOURCE = Path(twolane.__file__).parent.parent
 FAKE_VLLM = Path(__file__).parent.parent / "launch" / "fake_vllm"
 NETWORK = "10.78.0"
 RAY_PORT = 6399
 STEP_S = 180.0
-NO_HOME_CALLS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+RAY_HERE = {
+    **{"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"},  # it calls nobody
+    "RAY_memory_monitor_refresh_ms": "0",  # each node takes the whole machine's memory for its own, and kills actors
+}
+HELD = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False, configure_logging=False, logging_level="ERROR")
+groups = ray.util.placement_group_table().values()
+print(*(group["placement_group_id"] for group in groups if group["state"] != "REMOVED"))
+print(*(name for name, actor in ray._private.state.actors().items() if actor["State"] != "DEAD"))
+"""
 
 
 def why_not() -> str:
@@ -45,9 +59,12 @@ class Host:
     def __init__(self, number: int) -> None:
         self.number = number
         self.address = f"{NETWORK}.{number}"
-        self._holder = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        # In a session of its own: Ctrl+C is for the test, which needs it to find what to end.
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+        )
         self.pid = self._holder.pid
-        own = Path("/proc/self/ns/net").readlink()
+        own = Path("/proc/thread-self/ns/net").readlink()
         deadline_s = time.monotonic() + STEP_S
         while Path(f"/proc/{self.pid}/ns/net").readlink() == own:
             assert time.monotonic() < deadline_s
@@ -56,6 +73,10 @@ class Host:
 
     def inside(self, *argv: str) -> list[str]:
         return ["nsenter", "--net", "-t", str(self.pid), *argv]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Calls it on this host; what it raises is raised here."""
+        return called_in(f"/proc/{self.pid}/ns/net", function)
 
     def run(self, *argv: str, env: dict[str, str] | None = None, timeout_s: float = STEP_S) -> str:
         done = subprocess.run(
@@ -93,31 +114,61 @@ class Host:
 
 
 class Cluster:
-    """So many hosts with a Ray node of so many CPUs each; the first is the head, on which commands run."""
+    """Hosts with a Ray node of so many CPUs each. Commands run on the first, the head. `env`: for all of it."""
 
-    def __init__(self, folder: Path, num_hosts: int, num_cpus: int, real_engine: bool = False) -> None:
+    def __init__(
+        self, folder: Path, num_cpus: Sequence[int], *, real_engine: bool = False, env: dict[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self._ray_dirs: list[Path] = []
-        self._num_cpus = num_cpus
         path = [str(SOURCE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self.env = {
             **os.environ,
-            **NO_HOME_CALLS,
+            **RAY_HERE,
             "PYTHONPATH": os.pathsep.join(path if real_engine else [str(FAKE_VLLM), *path]),
             # beside the ports that Ray gives to its workers, and beside its client server's 10001
             **{"HTTP_PROXY_PORT": "26010", "PROXY_PORT": "26030", "COLUMNS": "80"},
+            **(env or {}),
         }
         self.hosts: list[Host] = []
         self._switch = Host(0)
         try:
             self._switch.run("ip", "link", "add", "name", "lan", "type", "bridge")
             self._switch.run("ip", "link", "set", "lan", "up")
-            for number in range(1, num_hosts + 1):
-                self.hosts.append(self._plug_in(Host(number)))
-                self.start_node(number)
+            for count in num_cpus:
+                self.add_host(count)
         except BaseException:
             self.close()
             raise
+
+    def add_host(self, num_cpus: int) -> Host:
+        number = len(self.hosts) + 1
+        self.hosts.append(self._plug_in(Host(number)))
+        self.start_node(number, num_cpus)
+        return self.hosts[-1]
+
+    def cut(self, number: int) -> None:
+        """Pulls its cable: nothing comes, nothing goes, and nobody is told."""
+        self._switch.run("ip", "link", "set", f"p{number}", "down")
+
+    def heal(self, number: int) -> None:
+        self._switch.run("ip", "link", "set", f"p{number}", "up")
+
+    def kill_node(self, number: int) -> None:
+        """Returns when Ray knows, so that what comes next isn't about a node that dies just now."""
+        self.hosts[number - 1].kill_all()
+        deadline_s = time.monotonic() + STEP_S
+        alive = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, configure_logging=False)\n"
+        alive += "print(*(node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']))"
+        while self.hosts[number - 1].address in self.python(alive):
+            assert time.monotonic() < deadline_s
+
+    def python(self, code: str) -> str:
+        """Runs it on the head; its argument is Ray's address."""
+        return self.hosts[0].run(sys.executable, "-c", code, self.address, env=self.env)
+
+    def number_of(self, address: str) -> int:
+        return next(host.number for host in self.hosts if host.address == address)
 
     def _plug_in(self, host: Host) -> Host:
         port = f"p{host.number}"
@@ -131,26 +182,37 @@ class Cluster:
     def address(self) -> str:
         return f"{self.hosts[0].address}:{RAY_PORT}"
 
-    def start_node(self, number: int) -> None:
+    def start_node(
+        self, number: int, num_cpus: int, mount: str = "", program: Sequence[str] = ("-m", "ray.scripts.scripts")
+    ) -> None:
+        """`mount`: a shell command that changes what this node alone sees of the disk."""
         host = self.hosts[number - 1]
         self._ray_dirs.append(Path(tempfile.mkdtemp(prefix="ray-")))  # short: sockets lie in it
-        words = ["start", f"--node-ip-address={host.address}", f"--num-cpus={self._num_cpus}", "--disable-usage-stats"]
+        words = ["start", f"--node-ip-address={host.address}", f"--num-cpus={num_cpus}", "--disable-usage-stats"]
         words += [f"--temp-dir={self._ray_dirs[-1]}", "--object-store-memory=80000000"]
         head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", "--ray-client-server-port=9999"]
         words += head if number == 1 else [f"--address={self.address}"]
+        python = [sys.executable]
+        if mount:
+            python = ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
         for attempt in range(3):  # Ray gives up after 30 s, which no setting changes: too soon for a busy machine
             try:
-                host.run(sys.executable, "-m", "ray.scripts.scripts", *words, env=self.env)
+                host.run(*python, *program, *words, env=self.env)
             except AssertionError:
-                host.kill_all()
+                if number == 1:
+                    host.kill_all()
+                else:
+                    self.kill_node(number)  # it may have told Ray of itself already
                 if attempt == 2:
                     raise
             else:
                 return
 
-    def twolane(self, *words: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+    def twolane(
+        self, *words: str, timeout_s: float = 300.0, program: Sequence[str] = ("-m", "twolane.cli")
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.hosts[0].inside(sys.executable, "-m", "twolane.cli", *words),
+            self.hosts[0].inside(sys.executable, *program, *words),
             cwd=self.folder,
             env=self.env,
             capture_output=True,
@@ -170,6 +232,10 @@ class Cluster:
             if "vllm.entrypoints.openai.api_server" in words or any(word.endswith("/reaper.py") for word in words):
                 found.append(process)
         return found
+
+    def held(self) -> str:
+        """What Ray holds for anybody: placement groups and actors."""
+        return self.python(HELD).strip()
 
     def close(self) -> None:
         for host in [*self.hosts, self._switch]:

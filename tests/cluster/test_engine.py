@@ -65,7 +65,7 @@ def check_a_stranger_is_refused(cluster: Cluster) -> None:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path, num_hosts=2, num_cpus=1, real_engine=True)
+    cluster = Cluster(tmp_path, [1, 1], real_engine=True)
     yield cluster
     cluster.twolane("down")
     cluster.close()

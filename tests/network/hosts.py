@@ -59,6 +59,26 @@ def made_in(namespace: str, make: Callable[[], T]) -> T:
     return make()
 
 
+def called_in(namespace: str, function: Callable[[], T]) -> T:
+    """Calls it on that host; what it raises is raised here."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            enter(namespace)
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001 - passed on
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 class Host:
     """A namespace, held by a process that ends when this one does. Owns its end of the network."""
 
@@ -75,7 +95,7 @@ class Host:
 
     def _set_up(self, mtu: int) -> None:
         deadline_s = time.monotonic() + _START_S
-        own = Path("/proc/self/ns/net").readlink()
+        own = Path("/proc/thread-self/ns/net").readlink()
         while Path(self.namespace).readlink() == own:
             assert time.monotonic() < deadline_s, "unshare doesn't come to its end"
             time.sleep(0.005)
@@ -95,22 +115,7 @@ class Host:
 
     def call(self, function: Callable[[], T]) -> T:
         """Calls it on this host; what it raises is raised here."""
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                enter(self.namespace)
-                results.append(function())
-            except BaseException as error:  # noqa: BLE001 - passed on
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-        return results[0]
+        return called_in(self.namespace, function)
 
     def close(self) -> None:
         """What still runs on the host loses its network, and the namespace ends with it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +16,12 @@ from tests.connector.agents import BLOCK_SIZE, Memory, wait_for
 from tests.contract.target import TargetProcess
 from tests.gpu.peers import DecodePeer, PrefillPeer
 from tests.network.hosts import Network, Weather, made_in, why_not
+from twolane.config import ProxySettings
 from twolane.connector import host
 from twolane.connector.settings import ConnectorSettings
+from twolane.errors import UpstreamConnectionError
+from twolane.proxy import upstream
+from twolane.proxy.http_client import HttpClient, request_bytes
 
 NO_HOSTS = why_not()
 pytestmark = pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS)
@@ -93,6 +99,32 @@ def test_a_containers_border_makes_another_host(border: list[str]) -> None:
         ["unshare", *border, sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert (there.stdout.strip() == host.host_identity()) == (not border)
+
+
+def test_the_proxy_finds_out_that_an_instances_host_is_gone(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the answer's deadline: nothing comes, not even an end of the connection."""
+    times = ((socket.TCP_USER_TIMEOUT, 2000), (socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1))
+    monkeypatch.setattr(upstream, "LOST_HOST", times)
+    server = network.hosts[1].call(lambda: socket.create_server((network.hosts[1].address, 0)))
+    address = f"{network.hosts[1].address}:{server.getsockname()[1]}"
+
+    async def ask() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            client = HttpClient(ProxySettings(), tasks)
+            request = request_bytes("GET", b"/health", address, b"")
+            answer = asyncio.ensure_future(client.fetch(address, request, 2 * DEADLINE_S))
+            connection, _ = await asyncio.to_thread(server.accept)
+            with server, connection:
+                assert await asyncio.to_thread(connection.recv, 1000) == request
+                network.weather = Weather(is_cut=True)
+                with pytest.raises(UpstreamConnectionError, match="timed out"):
+                    await answer
+            await client.close()
+
+    try:
+        network.hosts[0].call(lambda: asyncio.run(ask()))
+    finally:
+        network.weather = Weather()
 
 
 def test_two_hosts_on_one_machine_use_tcp_and_every_byte_arrives(lanes: Lanes) -> None:

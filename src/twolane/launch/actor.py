@@ -51,10 +51,11 @@ class Order(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """How the instance is, and what it has logged since the last report."""
+    """How the instance is, and what it has logged since what the driver has heard."""
 
     life: str  # new at every start of the actor
     node: str
+    node_id: str  # Ray's
     pid: int
     exit_code: int | None
     log: str
@@ -91,11 +92,12 @@ class InstanceActor:
 
     def __init__(self, order: Order) -> None:
         self._life = uuid.uuid4().hex
-        self._node, self._gpus = _own_place()
+        self._node, self._node_id, self._gpus = _own_place()
         self._child: Child | None = None
         self._problem = ""
         self._folder = Path(tempfile.mkdtemp(prefix=RUN_DIR_PREFIX))
         self._log: Follower | None = None
+        self._unheard, self._num_heard = "", 0  # of the log: what the driver may not have; how much it surely has
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray's idea of one thread a CPU
         try:
             self._start(order)
@@ -139,11 +141,14 @@ class InstanceActor:
             place=place,
         )
 
-    def report(self) -> dict[str, Any]:
+    def report(self, life: str, num_heard: int) -> dict[str, Any]:
+        """`num_heard`: characters of that life's log that the driver has. An answer may be lost on its way."""
         code = self._child.exit_code() if self._child else None
-        log = "".join(self._log.read()) if self._log else ""
+        if life == self._life and num_heard > self._num_heard:
+            self._unheard, self._num_heard = self._unheard[num_heard - self._num_heard :], num_heard
+        self._unheard += "".join(self._log.read()) if self._log else ""
         pid = self._child.pgid if self._child else 0
-        told = Report(self._life, self._node, pid, code, log, self._gpus, self._problem)
+        told = Report(self._life, self._node, self._node_id, pid, code, self._unheard, self._gpus, self._problem)
         return msgspec.to_builtins(told)  # type: ignore[no-any-return]
 
     def stop(self, term_wait_s: float) -> str:
@@ -166,8 +171,9 @@ class InstanceActor:
         os._exit(1)
 
 
-def _own_place() -> tuple[str, tuple[int, ...]]:
-    """This node's address, and the GPUs that Ray gave to this actor."""
+def _own_place() -> tuple[str, str, tuple[int, ...]]:
+    """This node's address and Ray's name for it, and the GPUs that Ray gave to this actor."""
     import ray  # noqa: PLC0415
 
-    return ray.util.get_node_ip_address(), tuple(int(gpu) for gpu in ray.get_gpu_ids())
+    gpus = tuple(int(gpu) for gpu in ray.get_gpu_ids())
+    return ray.util.get_node_ip_address(), str(ray.get_runtime_context().get_node_id()), gpus

@@ -19,7 +19,7 @@ from twolane.errors import ConfigError, StartError
 from twolane.launch import logwriter
 from twolane.launch.actor import InstanceActor, NodeFacts, Order, Report, node_facts
 from twolane.launch.nodes import Node, check_nodes, check_room, need_of, target
-from twolane.launch.phases import IMPORTING
+from twolane.launch.phases import IMPORTING, READY, SILENT
 from twolane.launch.plan import Plan, ServedModel, ServiceSpec
 from twolane.launch.scale import index_of
 from twolane.launch.service import Service, ServiceError
@@ -30,7 +30,7 @@ SURVEY_S = 60.0
 REPORT_EVERY_S = 0.3
 REPORT_S = 10.0  # for one answer of an actor
 PLACING = "placing"
-LOST = -9  # the exit code of an instance whose actor or node is gone
+LOST = -1000  # in place of an exit code: its actor or node is gone
 
 
 def connect(address: str) -> Any:
@@ -103,9 +103,15 @@ def _ask_nodes(ray: Any, model: ServedModel) -> list[Node]:
         if entry["Alive"]
     }
     nodes = []
+    until_s = time.monotonic() + SURVEY_S
     for node_id, (host, ref) in refs.items():
         try:
-            facts = msgspec.convert(ray.get(ref, timeout=SURVEY_S), NodeFacts)
+            facts = msgspec.convert(ray.get(ref, timeout=max(0.1, until_s - time.monotonic())), NodeFacts)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.TaskUnschedulableError) as error:
+            raise ConfigError(
+                f"node {host} doesn't answer, for {SURVEY_S:g} s or any more: see whether it runs and the network "
+                "reaches it, or wait until Ray holds it for dead (`ray status`)"
+            ) from error
         except (ray.exceptions.RayError, msgspec.ValidationError, ImportError) as error:
             words = " ".join(str(error).split())[-300:]
             raise ConfigError(
@@ -172,6 +178,10 @@ class Cluster:
         }
         return group, self.ray.remote(InstanceActor).options(**options).remote(self.order(spec))
 
+    def is_alive(self, node_id: str) -> bool:
+        """As far as Ray knows, which takes its time to find out (a minute, as it comes)."""
+        return any(entry["NodeID"] == node_id and entry["Alive"] for entry in self.ray.nodes())
+
     def remove(self, group: Any, actor: Any) -> None:
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.kill(actor, no_restart=True)
@@ -187,6 +197,8 @@ class RemoteService(Service):
         self._placed: tuple[Any, Any] | None = None  # placement group, actor
         self._life = ""  # the one that is watched; empty: the next one
         self._last_life = ""
+        self._node_id = ""
+        self._num_heard = 0  # characters of this life's log
         self._ended: int | None = None
         self._problem = ""
         self._watching: threading.Thread | None = None
@@ -214,6 +226,9 @@ class RemoteService(Service):
             self.state.exit_code, self.changed = self._ended, True
         return self._ended
 
+    def ending(self) -> str:
+        return "lost, with its actor or its node" if self._ended == LOST else super().ending()
+
     def error(self, what: str) -> ServiceError:
         return ServiceError(f"{self.spec.name} {self._problem}", []) if self._problem else super().error(what)
 
@@ -228,25 +243,42 @@ class RemoteService(Service):
                 return "was not started"
             ray, how = self._cluster.ray, "was gone"
             if self._life and self._ended is None:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    how = str(ray.get(placed[1].stop.remote(term_wait_s), timeout=term_wait_s + 2 * REPORT_S))
+                how = "was out of reach: Ray ends it"
+                if self.state.phase != SILENT:
+                    with contextlib.suppress(ray.exceptions.RayError):
+                        how = str(ray.get(placed[1].stop.remote(term_wait_s), timeout=term_wait_s + REPORT_S))
             self._cluster.remove(*placed)
+            self._ended = LOST if self._ended is None else self._ended
             return how
 
     def _watch(self, placed: tuple[Any, Any]) -> None:
-        """Until the actor is given back."""
-        ray = self._cluster.ray
+        """Until the actor is given back. One question at a time: of those that wait for a network only one is left."""
+        ray, asked = self._cluster.ray, None
         while self._placed is placed:
             if self._ended is None:
+                asked = asked or placed[1].report.remote(self._life, self._num_heard)
                 try:
-                    answer = ray.get(placed[1].report.remote(), timeout=REPORT_S)
-                    self._heard(msgspec.convert(answer, Report))
+                    answer, asked = ray.get(asked, timeout=REPORT_S), None
+                    if self._placed is placed:
+                        self._heard(msgspec.convert(answer, Report))
                 except ray.exceptions.GetTimeoutError:
-                    pass  # busy, or not placed yet
+                    self._no_answer(placed)  # or not placed yet
+                except ray.exceptions.ActorUnavailableError:
+                    asked = None  # the network, or its end: the next answer tells
+                    self._no_answer(placed)
                 except ray.exceptions.RayError:
-                    if self._life:
-                        self._ended = LOST
+                    asked = None
+                    self._ended = LOST if self._life else None
             time.sleep(REPORT_EVERY_S)
+
+    def _no_answer(self, placed: tuple[Any, Any]) -> None:
+        """It ends with its node, about whose end Ray decides. Until then it may be heard again."""
+        if self._placed is not placed:
+            return
+        if self._life and not self._cluster.is_alive(self._node_id):
+            self._ended = LOST
+        elif self.state.phase == READY:
+            self.enter(SILENT)
 
     def _heard(self, report: Report) -> None:
         if report.life == self._last_life:
@@ -255,14 +287,17 @@ class RemoteService(Service):
             self._ended = LOST
             return
         if not self._life:
-            self._life = report.life
+            self._life, self._node_id, self._num_heard = report.life, report.node_id, 0
             self.spec = msgspec.structs.replace(self.spec, host=report.node, gpus=report.gpus)
             state = self.state
             state.host, state.node, state.gpus, state.pid = report.node, report.node, report.gpus, report.pid
             self.enter(IMPORTING)
             self.is_placed = True
+        elif self.state.phase == SILENT:
+            self.enter(READY)
         if report.log:
             with Path(self.spec.log).open("a") as log:
                 log.write(report.log)
+            self._num_heard += len(report.log)
         self._problem = report.problem
         self._ended = 1 if report.problem else report.exit_code

@@ -10,6 +10,7 @@ STARTING_SERVER = "starting the server"
 RESTARTING = "restarting"
 DRAINING = "draining"  # gets nothing new, ends what it has
 GIVEN_UP = "given up"
+SILENT = "silent"  # was ready; nobody hears from its node
 # A line that holds the text means that the phase has begun. In the order in which they come.
 MARKS: tuple[tuple[str, str], ...] = (
     ("non-default args", "reading the model's config"),

@@ -99,7 +99,7 @@ class Service:
         """ServiceError if the child has ended."""
         code = self.exit_code()
         if code is not None:
-            raise self.error(f"ended while it was starting, {describe_exit(code)}")
+            raise self.error(f"ended while it was starting, {self.ending()}")
 
     def error(self, what: str) -> ServiceError:
         log = last_lines(Path(self.spec.log), DIAGNOSED_LINES)
@@ -132,6 +132,12 @@ class Service:
         if code is not None and code != self.state.exit_code:
             self.state.exit_code, self.changed = code, True
         return code
+
+    def ending(self) -> str:
+        """How it has ended, in words."""
+        code = self.exit_code()
+        assert code is not None
+        return describe_exit(code)
 
     def stop(self, term_wait_s: float) -> str:
         """Ends its group. Blocks."""

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from twolane.config import Settings
 from twolane.launch import control, probes, terminals
+from twolane.launch.phases import SILENT
 from twolane.launch.plan import proxy_address
 from twolane.launch.ports import listener_pid
 from twolane.launch.state import ServiceState, read_state
@@ -158,6 +159,10 @@ def print_status(report: dict[str, Any], console: Console) -> None:
             why = f"; {service['reason']}" if service["reason"] else ""
             text = f"{service['name']}: started again {service['restarts']} times{why} (log: {service['log']})"
             console.print(text, markup=False)
+        if service["state"] == SILENT:
+            since = duration(service["for_s"])
+            text = f"no word from node {service['node']} for {since}; placed anew if Ray finds that the node is dead"
+            console.print(f"{service['name']}: {text}", markup=False)
         if service.get("problem"):
             console.print(f"{service['name']}: {service['problem']}", markup=False)
 

@@ -28,8 +28,8 @@ from twolane.launch.phases import DRAINING, GIVEN_UP, READY, RESTARTING
 from twolane.launch.plan import Plan, ServiceSpec, plan_file, save_plan
 from twolane.launch.process import identify
 from twolane.launch.readiness import until_ready
-from twolane.launch.scale import in_order
-from twolane.launch.service import Service, ServiceError, describe_exit
+from twolane.launch.scale import in_order, index_of
+from twolane.launch.service import Service, ServiceError
 from twolane.launch.state import Overall, State, write_state
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ class Supervisor:
 
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as group:
-            for service in self._services:
-                group.create_task(self._start(service))
+            for service in sorted(self._services, key=lambda service: index_of(service.spec.name)):
+                group.create_task(self._start(service))  # P and D in turns: Ray packs those on a node that come first
         self._enter("up")
         async with asyncio.TaskGroup() as lives:
             for service in self._services:
@@ -222,8 +222,8 @@ class Supervisor:
         code = service.exit_code()
         if code is None:
             return 0.0  # it was asked for
-        log.warning("service=%s event=ended %s", service.spec.name, describe_exit(code))
-        num_failures = service.note_failure(f"ended {describe_exit(code)}", self._plan.restart_within_s)
+        log.warning("service=%s event=ended %s", service.spec.name, service.ending())
+        num_failures = service.note_failure(f"ended {service.ending()}", self._plan.restart_within_s)
         return service.backoff_s() if num_failures <= self._plan.restart_tries else None
 
     async def _pause(self, service: Service, wait_s: float | None) -> None:

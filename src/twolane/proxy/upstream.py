@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -14,6 +15,16 @@ from twolane.proxy.headers import Headers
 
 if TYPE_CHECKING:
     from twolane.proxy.http_client import Exchange
+
+
+# A host that is gone sends no end: the kernel finds out, from what isn't acknowledged or from a silent one's probes.
+LOST_HOST_S = 30
+LOST_HOST = (
+    (socket.TCP_USER_TIMEOUT, 1000 * LOST_HOST_S),
+    (socket.TCP_KEEPIDLE, LOST_HOST_S // 2),
+    (socket.TCP_KEEPINTVL, LOST_HOST_S // 6),
+    (socket.TCP_KEEPCNT, 3),
+)
 
 
 class ResponseHead(msgspec.Struct, frozen=True):
@@ -82,6 +93,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+        for option, value in LOST_HOST:
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, value)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def data_received(self, data: bytes) -> None:
         if self._exchange is None:  # an answer to nothing
