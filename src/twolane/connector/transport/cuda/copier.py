@@ -15,11 +15,21 @@ import torch
 from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket, Wake
 from twolane.connector.transport.cuda import driver
-from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, dense_planes, permit_of, planes_of
-from twolane.connector.transport.pace import Forecast, Pace, marks_every
+from twolane.connector.transport.cuda.kernel import (
+    FOLLOWING_PROGRAMS,
+    Plane,
+    PlaneTable,
+    copy_blocks,
+    dense_planes,
+    permit_of,
+    planes_of,
+)
+from twolane.connector.transport.cuda.pace_maker import PaceMaker
+from twolane.connector.transport.pace import Forecast, marks_every
 from twolane.errors import ConfigError
 
-Launch = Callable[[torch.Tensor, int, int], None]  # (block ids, first plane, number of planes), on the current stream
+# (block ids, first plane, number of planes, programs or None for as many as fill the link), on the current stream
+Launch = Callable[[torch.Tensor, int, int, int | None], None]
 
 _MIN_GROUP_BYTES = 4 << 20  # a launch of its own pays from here on
 
@@ -77,42 +87,6 @@ class Waiter:
             job.ticket.done_at_s = time.monotonic()
             job.is_through = True
             self._wake()
-
-
-class PaceMaker:
-    """A thread that sees the marks of each forward pass go by. Knows the forecast."""
-
-    def __init__(self, device: torch.device, wake: Wake) -> None:
-        self._device = device
-        self._wake = wake
-        self._pace = Pace()
-        self._queue: SimpleQueue[tuple[int, float, torch.cuda.Event] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="twolane-pace", daemon=True)
-        self._thread.start()
-
-    @property
-    def forecast(self) -> Forecast | None:
-        return self._pace.forecast
-
-    def add(self, number: int, share: float, event: torch.cuda.Event) -> None:
-        """`event` is over when this share of the layers of that pass is computed."""
-        self._queue.put((number, share, event))
-
-    def close(self, timeout_s: float) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        torch.cuda.set_device(self._device)
-        while (mark := self._queue.get()) is not None:
-            number, share, event = mark
-            try:
-                event.synchronize()
-            except RuntimeError:  # the context is lost: the copies say so
-                return
-            is_news = self._pace.mark(number, share, time.monotonic())
-            if share > 0.5 and is_news:  # each look takes the interpreter from the thread that launches kernels
-                self._wake()
 
 
 class Lane:
@@ -200,11 +174,12 @@ class CudaCopier:
             self._marks = []  # of a pass that never came to its end
         if index is not None and (index + 1) % self._mark_every == 0 and index + 1 < len(self._layer_index):
             self._marks.append((index + 1, self.event_now(blocking=True)))
-            self._pace_maker.add(self.num_passes, (index + 1) / len(self._layer_index), self._marks[-1][1])
+            self._pace_maker.launched(self.num_passes, (index + 1) / len(self._layer_index), self._marks[-1][1])
 
     def fence(self) -> Fence:
         marks = [*self._marks, (len(self._layer_index), self.event_now(blocking=True))]
         self._marks = []
+        self._pace_maker.fenced(self.num_passes, marks[-1][1])
         self.num_passes += 1
         return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
 
@@ -249,7 +224,9 @@ class CudaCopier:
             block_ids = self.upload(sources, targets)
             for first, end, event in self._groups(fence, len(sources)):
                 lane.stream.wait_event(event)
-                launch(block_ids, self._end_plane[first], self._end_plane[end] - self._end_plane[first])
+                # Layers that others follow may take their time: what they take of the GPU, the forward pass lacks.
+                programs = None if end == self.num_layers else FOLLOWING_PROGRAMS
+                launch(block_ids, self._end_plane[first], self._end_plane[end] - self._end_plane[first], programs)
         return self._begin(lane, owner, ticket, block_ids, fence)
 
     def _lane(self, fence: Fence) -> Lane:

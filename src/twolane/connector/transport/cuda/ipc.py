@@ -227,7 +227,7 @@ class IpcSendChannel:
         self._copier.copy(self, fence, sources.blocks, targets.blocks, ticket, self._launch)
         return ticket
 
-    def _launch(self, block_ids: torch.Tensor, first_plane: int, num_planes: int) -> None:
+    def _launch(self, block_ids: torch.Tensor, first_plane: int, num_planes: int, programs: int | None) -> None:
         copy_blocks(
             self._sources,
             self._targets,
@@ -235,6 +235,7 @@ class IpcSendChannel:
             first_plane=first_plane,
             num_planes=num_planes,
             permit=self._permit,
+            num_programs=programs,
         )
 
     def release(self, slot: int) -> None:

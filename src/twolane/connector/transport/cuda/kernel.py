@@ -17,6 +17,7 @@ from twolane.connector.layout import KVLayout
 
 # Enough programs to fill an NVLink (measured, docs/GPU.md), few enough to leave most of the GPU to the forward pass.
 NUM_PROGRAMS = 64
+FOLLOWING_PROGRAMS = 16  # 311 of the 360 GB/s that 64 make, for a quarter of the GPU's time
 _TILE_WORDS = 2048  # 16 KiB a turn and program
 _NUM_WARPS = 8
 

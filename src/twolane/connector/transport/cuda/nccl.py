@@ -174,7 +174,7 @@ class NcclSendChannel:
         size_bytes = len(sources.blocks) * self._staging.block_bytes
         ticket, table, buffer = Ticket(size_bytes, slot), self._staging.tables[slot], self._staging.buffers[slot]
 
-        def launch(block_ids: torch.Tensor, first_plane: int, num_planes: int) -> None:
+        def launch(block_ids: torch.Tensor, first_plane: int, num_planes: int, programs: int | None) -> None:
             copy_blocks(
                 self._copier.planes,
                 table,
@@ -182,6 +182,7 @@ class NcclSendChannel:
                 first_plane=first_plane,
                 num_planes=num_planes,
                 permit=self._copier.always,
+                num_programs=programs,
             )
             if self._zero:
                 buffer.zero_()
