@@ -37,17 +37,17 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.mark.matrix
 def test_what_was_computed_with_nothing_is_taken_back(hasty: Stack) -> None:
-    """One prompt that D starts on and gives up; then again, with others, when D must not have kept any of it."""
+    """Prompts that D starts on and gives up; then again, when D must not have kept any of it."""
     prefill, decode = hasty.instances["prefill"], hasty.instances["decode"]
     bodies = [completion_body(hasty, prompt, NUM_TOKENS) for prompt in make_prompts(seed=11, lengths=LENGTHS)]
-    first = complete(hasty.url, bodies[0])
-    metrics = decode.metrics()
-    assert metrics["twolane_kv_head_starts_total"] == 1
-    assert metrics["twolane_kv_recomputed_tokens_total"] > 0
-    assert metrics["vllm:num_preemptions_total"] == 1, "taken back"
     with ThreadPoolExecutor(len(bodies)) as pool:
         answers = list(pool.map(lambda body: complete(hasty.url, body), bodies))
+        metrics = decode.metrics()
+        again = list(pool.map(lambda body: complete(hasty.url, body), bodies))
     expected = [complete(f"http://{prefill.spec.address}", body) for body in bodies]
-    assert first == expected[0]
+    assert metrics["twolane_kv_head_starts_total"] >= 1
+    assert metrics["twolane_kv_recomputed_tokens_total"] > 0
+    assert metrics["vllm:num_preemptions_total"] >= 1, "taken back"
     assert answers == expected
+    assert again == expected
     wait_for("all blocks back", lambda: all_free(hasty.instances.values()), 60)

@@ -18,6 +18,7 @@ from twolane.connector.plan import StepPlan
 from twolane.connector.register import Registrar
 from twolane.connector.sockets import LockedOut
 from twolane.connector.stats import Counters
+from twolane.connector.transfer import Incoming
 from twolane.connector.transport.base import Ticket
 from twolane.curve import Keys, Knock
 from twolane.errors import TransferError
@@ -52,6 +53,7 @@ class DecodeAgent(Agent):
         self._leaving: list[zmq.Socket[bytes]] = []  # closed once their last words are sent
         self._steps: list[tuple[StepPlan, Ticket]] = []
         self._landed = threading.Condition(self.lock)
+        self._hopeless: list[Incoming] = []  # a step has waited for these in vain
         self._has_reported = False  # in the last step: the engine is about to compute
         self._side = make_side(self)
 
@@ -83,7 +85,7 @@ class DecodeAgent(Agent):
         with self.lock:
             began_s, early = time.monotonic(), self._side.open_of(req_ids)
             if not self._landed.wait_for(is_over, LIMIT_S):
-                self._side.give_up(early, time.monotonic())
+                self._hopeless = early
                 self.wake()
                 if not self._landed.wait_for(is_over, GIVE_UP_S):
                     raise RuntimeError(f"a transfer that was given up didn't end within {GIVE_UP_S:g} s")
@@ -185,6 +187,8 @@ class DecodeAgent(Agent):
             for plan, gate in steps:
                 self._side.begin_step(plan, gate, now_s)
             self._side.settle(now_s)
+            hopeless, self._hopeless = self._hopeless, []
+            self._side.give_up(hopeless, now_s)
             self._side.tick(now_s)
             self.tell_proxy(self._side.problem or self._locked_out.problem(now_s))
             deadline_s = self._side.next_deadline_s

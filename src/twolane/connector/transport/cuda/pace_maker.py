@@ -1,8 +1,8 @@
 """Forecasts of when a forward pass on the GPU will be through (pace.py).
 
-Whoever looks at a pass takes the interpreter from the thread that launches its kernels, so there are two ways. Where the
-GPU keeps up with the launches, as with short prompts, the launches are the pace, and the launching thread itself reads
-it. Where it doesn't, a thread watches what is left once all is launched.
+Whoever looks at a pass takes the interpreter from the thread that launches its kernels, so there are two ways. Where
+the GPU keeps up with the launches, as with short prompts, the launches are the pace, and the launching thread itself
+reads it. Where it doesn't, a thread watches what is left once all is launched.
 """
 
 from __future__ import annotations
