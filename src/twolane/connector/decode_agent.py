@@ -92,13 +92,15 @@ class DecodeAgent(Agent):
             now_s = time.monotonic()
             self._side.started_early(early, now_s - began_s, now_s)
 
-    def take_finished(self, *, patient: bool) -> Finished:
-        """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for."""
+    def take_finished(self, *, patient: bool, may_start_early: bool = False) -> Finished:
+        """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for, or
+        one that is due by then, if there are head starts."""
         with self.lock:
             finished = self._side.take_finished()
             if patient and not finished.req_ids and not self._has_reported and self._side.is_waiting:
-                patience_s = min(PATIENCE_S, max(0.0, self._side.next_due_s() - time.monotonic()))
-                self._landed.wait_for(self._side.has_finished, patience_s)
+                now_s = time.monotonic()
+                due_in_s = self._side.next_due_s(now_s) - now_s if may_start_early else PATIENCE_S
+                self._landed.wait_for(self._side.has_finished, min(PATIENCE_S, due_in_s))
                 finished = self._side.take_finished()
             self._has_reported = bool(finished.req_ids)
         return finished

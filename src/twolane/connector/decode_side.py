@@ -164,10 +164,11 @@ class DecodeSide:
             incoming.told_soon = True
         return [incoming.req_id for incoming in due]
 
-    def next_due_s(self) -> float:
+    def next_due_s(self, now_s: float) -> float:
         """When `take_due` will have something, as things look now; infinite if nothing is in sight."""
         waiting = (one for one in self._open.values() if one.expected_at_s and not one.told_soon)
-        return min((one.expected_at_s - self._head_start_s(one) for one in waiting), default=math.inf)
+        dues = (one.expected_at_s - self._head_start_s(one) for one in waiting)
+        return min((due_s for due_s in dues if due_s > now_s), default=math.inf)
 
     def _head_start_s(self, incoming: Incoming) -> float:
         return self._settings.head_start_ms / 1e3 + incoming.announce.num_tokens * PER_TOKEN_S

@@ -10,7 +10,6 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from twolane.connector.agent import logger
-from twolane.connector.connector import TwoLaneConnector
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,16 +17,22 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
 
+_TAKEN_UP = ("RUNNING", "WAITING", "PREEMPTED")  # not waiting for KV, not over
+
+
 class TakesBack:
     """Mixed into vLLM's Scheduler or AsyncScheduler.
 
-    A running request among whose blocks the workers name some as invalid was taken up early, and its KV never came:
-    whoever isn't running has its own way in vLLM, which is enough. All running requests are preempted, which is vLLM's
-    own way to drop the tokens of all steps in flight; a head start is given to an idle engine only, so whoever runs
-    came with that request or after it, and may share its blocks. They are computed anew, from nothing.
+    The workers name blocks that hold nothing. Requests that wait for KV are vLLM's own business, and that is enough for
+    them. Others among whose blocks one of these is were taken up early, or share blocks with one that was. Those that
+    run are preempted, and all others that run with them, which is vLLM's own way to drop the tokens of all steps in
+    flight: a head start is given to an idle engine only, so whoever runs came with that request or after it. Those
+    that are about to run lose their blocks. All are computed anew, from nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from twolane.connector.connector import TwoLaneConnector  # noqa: PLC0415 - needs vLLM, as the base does
+
         super().__init__(*args, **kwargs)
         connector = getattr(self, "connector", None)
         if isinstance(connector, TwoLaneConnector):
@@ -40,16 +45,25 @@ class TakesBack:
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
     def _take_back(self: Any, invalid_block_ids: set[int]) -> None:
-        blocks = {request.request_id: self._block_ids(request.request_id) for request in self.running}
+        blocks = {
+            request.request_id: self._block_ids(request.request_id)
+            for request in self.requests.values()
+            if request.num_computed_tokens and request.status.name in _TAKEN_UP
+        }
         hit = [req_id for req_id, block_ids in blocks.items() if not block_ids.isdisjoint(invalid_block_ids)]
         if not hit:
             return
-        logger.warning("KV that was due never came: taken back req_ids=%s with=%d", hit, len(blocks) - len(hit))
+        logger.warning("KV that was due never came: taken back req_ids=%s", hit)
         # What holds nothing must not be found in the prefix cache, nor what was computed with it.
         self.kv_cache_manager.evict_blocks(set().union(*blocks.values()))
-        # It preempts first, and fails where other requests wait for KV, since their blocks can't be forgotten.
-        with contextlib.suppress(RuntimeError):
-            self.reset_prefix_cache(reset_running_requests=True)
+        for request in [self.requests[req_id] for req_id in hit]:
+            if request.status.name != "RUNNING":
+                self.kv_cache_manager.free(request)
+                request.num_computed_tokens = 0
+        if any(request.request_id in hit for request in self.running):
+            # It preempts first, and fails where other requests wait for KV, since their blocks can't be forgotten.
+            with contextlib.suppress(RuntimeError):
+                self.reset_prefix_cache(reset_running_requests=True)
 
     def _block_ids(self: Any, req_id: str) -> set[int]:
         return {block_id for group in self.kv_cache_manager.get_block_ids(req_id) for block_id in group}

@@ -189,7 +189,7 @@ class WorkerSide:
         if self._prefill is not None:
             return self._prefill.take_finished(finished_req_ids), set()
         assert self._decode is not None
-        finished: Finished = self._decode.take_finished(patient=self._is_idle)
+        finished: Finished = self._decode.take_finished(patient=self._is_idle, may_start_early=self._may_start_early)
         self._invalid_block_ids |= finished.invalid_block_ids
         if self._may_start_early:
             self._due += self._decode.take_due()
