@@ -20,8 +20,9 @@ import torch
 from twolane.connector.agent import logger
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.cuda import driver
-from twolane.connector.transport.cuda.copier import CudaCopier, Waiter
+from twolane.connector.transport.cuda.copier import CudaCopier
 from twolane.connector.transport.cuda.kernel import PlaneTable, copy_blocks, dense_planes
+from twolane.connector.transport.cuda.lane import Waiter
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
