@@ -39,8 +39,15 @@ from twolane.launch.progress import Progress
 from twolane.launch.state import ServiceState
 
 RESERVE_S = 30.0  # of the budget, to print, save and stop what runs; a quarter of a small one
-MOST_OF_STARTING = 0.5  # of a group's time: a setup that isn't up by then is left out
+MOST_OF_STARTING = 0.5  # of a group's time: a setup that isn't up by then is left out ...
+STARTS_WITHIN_S = 150.0  # ... but as long as this it may take in any case, ...
+LEAST_MEASURING_S = 60.0  # ... if so much is left behind it
 ATTACHED = Setup("attached", "twolane", "auto")
+
+
+def starting_time_s(time_s: float) -> float:
+    """How much of a group's time may pass until a setup is up."""
+    return max(MOST_OF_STARTING * time_s, min(STARTS_WITHIN_S, time_s - LEAST_MEASURING_S))
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Run:
     def _group(self, number: int, setups: list[Setup], machine: Machine, model: ServedModel, end_s: float) -> None:
         memory = memory_of(setups, self._options, machine, model)
         now_s = time.monotonic()
-        up_by_s = now_s + MOST_OF_STARTING * (end_s - now_s)
+        up_by_s = now_s + starting_time_s(end_s - now_s)
         starting: list[Launched] = []
         up: list[Launched] = []
         launches = self._running.enter_context(ExitStack())

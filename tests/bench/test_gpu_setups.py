@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from benchmarks.gpu.memory import memory_of
 from benchmarks.gpu.options import parse
+from benchmarks.gpu.run import starting_time_s
 from benchmarks.gpu.setups import parse_setup, plan_of, routes_of, settings_of, why_not
 
 from twolane.errors import ConfigError
@@ -111,3 +112,10 @@ def test_wrong_options_are_told(argv: list[str], told: str) -> None:
 def test_unknown_setups_are_told(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         parse_setup(name)
+
+
+@pytest.mark.parametrize(("time_s", "starting_s"), [(60, 30), (185, 125), (240, 150), (500, 250)])
+def test_a_start_may_take_longer_than_half_of_a_short_run_if_there_is_time_to_measure(
+    time_s: float, starting_s: float
+) -> None:
+    assert starting_time_s(time_s) == starting_s
