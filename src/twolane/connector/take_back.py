@@ -7,6 +7,7 @@ and D gives no head start.
 from __future__ import annotations
 
 import contextlib
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from twolane.connector.agent import logger
@@ -35,8 +36,15 @@ class TakesBack:
 
         super().__init__(*args, **kwargs)
         connector = getattr(self, "connector", None)
-        if isinstance(connector, TwoLaneConnector):
+        if isinstance(connector, TwoLaneConnector) and self._can_drop_tokens():
             connector.allow_head_start()
+
+    def _can_drop_tokens(self: Any) -> bool:
+        """Whether this release drops the tokens of a preempted request that are in flight: newer ones in every mode,
+        0.26 in async scheduling only, which is its default."""
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: PLC0415
+
+        return "drop_stale_output" in signature(self._preempt_request).parameters or isinstance(self, AsyncScheduler)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         output = model_runner_output.kv_connector_output
