@@ -72,7 +72,7 @@ def test_a_node_with_another_vllm(cluster: Cluster) -> None:
     cluster.kill_node(2)
     cluster.start_node(2, num_cpus=2, mount=other_vllm(cluster.folder))
     done = cluster.twolane("up", "--ray", cluster.address)
-    check_refused(cluster, done, f"node {HERE}", f"node {THERE}", "vLLM 0.31.0 (cpu)", "install the same on all")
+    check_refused(cluster, done, f"node {HERE}", f"node {THERE}", "vLLM", "0.31.0 (cpu)", "install the same on all")
 
 
 def test_a_node_without_the_model(cluster: Cluster) -> None:
