@@ -60,6 +60,23 @@ class Body(msgspec.Struct):
 decode_body = msgspec.json.Decoder(Body).decode
 
 
+def take_request(buffer: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """(head, body, what is behind them) of a request; None as long as it isn't whole."""
+    head, separator, rest = buffer.partition(b"\r\n\r\n")
+    length = LENGTH.search(head)
+    num_bytes = int(length[1]) if length else 0
+    if not separator or len(rest) < num_bytes:
+        return None
+    return head, rest[:num_bytes], rest[num_bytes:]
+
+
+def page_for(head: bytes) -> bytes | None:
+    """The answer to what isn't a completion."""
+    if head.startswith(b"POST /v1/"):
+        return None
+    return MODELS if b"/v1/models" in head[:40] else METRICS if b"/metrics" in head[:40] else b"{}"
+
+
 class Ticker:
     """Owns the streams that are paced: one token each at every tick."""
 
@@ -91,19 +108,13 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        head, separator, rest = self._buffer.partition(b"\r\n\r\n")
-        if not separator:
-            return
-        length = LENGTH.search(head)
-        num_bytes = int(length[1]) if length else 0
-        if len(rest) < num_bytes:
-            return
-        self._buffer = rest[num_bytes:]
-        self._answer(head, rest[:num_bytes])
+        if (found := take_request(self._buffer)) is not None:
+            head, raw, self._buffer = found
+            self._answer(head, raw)
 
     def _answer(self, head: bytes, raw: bytes) -> None:
-        if not head.startswith(b"POST /v1/"):
-            self._send(MODELS if b"/v1/models" in head[:40] else METRICS if b"/metrics" in head[:40] else b"{}")
+        if (page := page_for(head)) is not None:
+            self._send(page)
             return
         body = decode_body(raw)
         if not body.stream:

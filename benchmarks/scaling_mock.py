@@ -19,7 +19,7 @@ from typing import cast
 
 import uvloop
 import zmq
-from benchmarks.proxy_mock import CHUNK, COMPLETION, LENGTH, METRICS, MODELS, STREAM_HEAD, decode_body
+from benchmarks.proxy_mock import CHUNK, COMPLETION, STREAM_HEAD, decode_body, page_for, take_request
 
 from twolane.connector.register import Registrar
 from twolane.protocol import Load, Registration, Role
@@ -76,18 +76,14 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        head, separator, rest = self._buffer.partition(b"\r\n\r\n")
-        length = LENGTH.search(head)
-        num_bytes = int(length[1]) if length else 0
-        if not separator or len(rest) < num_bytes:
-            return
-        self._buffer = rest[num_bytes:]
-        self._due = monotonic() + KEEP_ALIVE_S
-        self._answer(head, rest[:num_bytes])
+        if (found := take_request(self._buffer)) is not None:
+            head, raw, self._buffer = found
+            self._due = monotonic() + KEEP_ALIVE_S
+            self._answer(head, raw)
 
     def _answer(self, head: bytes, raw: bytes) -> None:
-        if not head.startswith(b"POST /v1/"):
-            self._send(MODELS if b"/v1/models" in head[:40] else METRICS if b"/metrics" in head[:40] else b"{}")
+        if (page := page_for(head)) is not None:
+            self._send(page)
             return
         body = decode_body(raw)
         if not body.stream or not body.user:

@@ -4,10 +4,6 @@ One process sees both GPUs, so peer access takes the place of mapped memory; the
 figure is the median of some runs, each some launches in a row between two CUDA events behind a kernel that keeps the
 stream busy: no call from Python is in it. Copies 16-token blocks in shuffled order, as a push does. Also beside it: one
 contiguous copy of the same size, which is the link's limit.
-
-`as it is`: the connector's kernel. `wide`: the same with the alignment told of the pointers instead of the integers
-they come from; Triton 3.6 for sm_90 makes 16-byte loads and stores of that and 8-byte ones of the other. `ahead`: a
-program also looks up its next block's addresses before it copies the one at hand.
 """
 
 from __future__ import annotations
@@ -21,8 +17,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from twolane.connector.layout import layout_of
 from twolane.connector.transport.cuda import kernel
@@ -31,47 +25,10 @@ BLOCK_TOKENS = 16
 LAUNCHES = 3  # in a row
 RUNS = 5
 BUSY_CYCLES = 1_000_000  # about half a millisecond, while Python launches
-KINDS = ("as it is", "wide", "wide, ahead")
 PROGRAMS = (16, 32, 48, 64, 96, 128, 132, 264)
 SHAPES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))  # words a turn, warps
 
 Launch = Callable[[], None]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _copy(  # type: ignore[no-untyped-def]
-    sources, targets, block_ids, num_blocks, num_planes, tile_words: tl.constexpr, ahead: tl.constexpr
-):
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
-    total = num_blocks * num_planes
-    row = (program // num_blocks) * 3
-    block = program % num_blocks
-    next_source = tl.load(sources + row) + tl.load(block_ids + block).to(tl.int64) * tl.load(sources + row + 1)
-    next_target = tl.load(targets + row) + tl.load(block_ids + num_blocks + block).to(tl.int64) * tl.load(
-        targets + row + 1
-    )
-    next_words = tl.load(sources + row + 2) * 2
-    for work in range(program, total, num_programs):
-        if ahead:
-            source, target, num_words = next_source, next_target, next_words
-            coming = tl.minimum(work + num_programs, total - 1)
-        else:
-            coming = work
-        row = (coming // num_blocks) * 3
-        block = coming % num_blocks
-        next_source = tl.load(sources + row) + tl.load(block_ids + block).to(tl.int64) * tl.load(sources + row + 1)
-        next_target = tl.load(targets + row) + tl.load(block_ids + num_blocks + block).to(tl.int64) * tl.load(
-            targets + row + 1
-        )
-        next_words = tl.load(sources + row + 2) * 2
-        if not ahead:
-            source, target, num_words = next_source, next_target, next_words
-        source_words = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16)
-        target_words = tl.multiple_of(target.to(tl.pointer_type(tl.int64)), 16)
-        for start in range(0, num_words, tile_words):
-            offsets = start + tl.arange(0, tile_words)
-            mask = offsets < num_words
-            tl.store(target_words + offsets, tl.load(source_words + offsets, mask=mask), mask=mask)
 
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,14 +38,14 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     limit = bench.rate(bench.contiguous)
     print(f"one contiguous copy: {limit:.1f} GB/s")
     rows: list[dict[str, Any]] = []
-    for kind, (words, warps), programs in _candidates():
+    for (words, warps), programs in _candidates():
         if time.monotonic() > end_s:
             print("the time is up")
             break
-        launch = bench.launch(kind, programs, words, warps)
-        if not rows or rows[-1]["kind"] != kind:
-            bench.check(launch, kind)
-        rows.append({"kind": kind, "programs": programs, "KiB a turn": words // 128, "warps": warps})
+        launch = bench.launch(programs, words, warps)
+        if not rows:
+            bench.check(launch)
+        rows.append({"programs": programs, "KiB a turn": words // 128, "warps": warps})
         rows[-1]["GB/s"] = round(bench.rate(launch), 1)
         print(rows[-1], flush=True)
     for row in sorted(rows, key=lambda row: float(row["GB/s"]))[-5:]:
@@ -96,12 +53,10 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     return {"contiguous GB/s": limit, "gpu": torch.cuda.get_device_name(0), "MB": bench.size / 1e6, "sweep": rows}
 
 
-def _candidates() -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Today's shape of all kinds first, then all shapes."""
+def _candidates() -> Iterator[tuple[tuple[int, int], int]]:
+    """Today's shape first, then the others."""
     today = (kernel._TILE_WORDS, kernel._NUM_WARPS)
-    yield from itertools.product(KINDS, (today,), PROGRAMS)
-    others = [shape for shape in SHAPES if shape != today]
-    yield from itertools.product(reversed(KINDS), others, PROGRAMS)
+    yield from itertools.product([today, *(shape for shape in SHAPES if shape != today)], PROGRAMS)
 
 
 class Bench:
@@ -134,11 +89,11 @@ class Bench:
     def contiguous(self) -> None:
         self._flat[1].copy_(self._flat[0], non_blocking=True)
 
-    def launch(self, kind: str, programs: int, words: int, warps: int) -> Launch:
+    def launch(self, programs: int, words: int, warps: int) -> Launch:
         sources, targets = (table.tensor for table in self._tables)
         num_planes = len(self._tables[0].planes)
 
-        def as_it_is() -> None:
+        def launch() -> None:
             kernel._copy[(programs,)](
                 sources,
                 targets,
@@ -151,22 +106,9 @@ class Bench:
                 num_warps=warps,
             )
 
-        def variant() -> None:
-            ahead = kind == "wide, ahead"
-            _copy[(programs,)](
-                sources,
-                targets,
-                self._block_ids,
-                self._blocks,
-                num_planes,
-                tile_words=words,
-                ahead=ahead,
-                num_warps=warps,
-            )
+        return launch
 
-        return as_it_is if kind == "as it is" else variant
-
-    def check(self, launch: Launch, kind: str) -> None:
+    def check(self, launch: Launch) -> None:
         """Every byte is where it belongs."""
         for layer in self._target.values():
             layer.zero_()
@@ -175,7 +117,7 @@ class Bench:
         torch.cuda.synchronize(self._here)
         from_ids, to_ids = self._ids
         for mine, theirs in zip(self._source.values(), self._target.values(), strict=True):
-            assert torch.equal(mine[from_ids], theirs[to_ids].to(self._here)), f"{kind}: wrong bytes"
+            assert torch.equal(mine[from_ids], theirs[to_ids].to(self._here)), "wrong bytes"
 
     def rate(self, launch: Launch) -> float:
         """GB/s."""

@@ -108,13 +108,18 @@ def prefill_slowly(prefill: Prefill, num_tokens: int, until: threading.Event) ->
     prefill.agent.end_step(advance)
 
 
-def test_a_step_waits_for_the_last_byte_and_no_longer(prefill: Prefill, decode: Decode) -> None:
+def begin_early(prefill: Prefill, decode: Decode, computed: threading.Event) -> tuple[threading.Thread, list[str]]:
+    """P computes, its last layer when `computed` is set, and D has heard that it is due."""
     prefill.offer()
     decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
-    computed = threading.Event()
     engine = threading.Thread(target=prefill_slowly, args=(prefill, 11, computed))
     engine.start()
-    due = wait_due(decode)
+    return engine, wait_due(decode)
+
+
+def test_a_step_waits_for_the_last_byte_and_no_longer(prefill: Prefill, decode: Decode) -> None:
+    computed = threading.Event()
+    engine, due = begin_early(prefill, decode, computed)
     assert due == ["d"]
     assert decode.agent.take_due() == [], "each once"
     step = threading.Thread(target=decode.agent.await_started, args=(due,))
@@ -136,12 +141,8 @@ def test_a_last_byte_that_never_comes_ends_the_wait(
 ) -> None:
     """P hangs: D takes P's permission, and the blocks are told as invalid in the same step."""
     monkeypatch.setattr(decode_agent, "LIMIT_S", 0.2)
-    prefill.offer()
-    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
     never = threading.Event()
-    engine = threading.Thread(target=prefill_slowly, args=(prefill, 11, never))
-    engine.start()
-    due = wait_due(decode)
+    engine, due = begin_early(prefill, decode, never)
     decode.agent.await_started(due)
     finished = decode.agent.take_finished(patient=False)
     assert finished.req_ids == {"d"}
@@ -154,12 +155,8 @@ def test_a_p_that_is_far_too_late_gives_no_head_start_for_a_while(
     prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_agent, "LIMIT_S", 30.0)
-    prefill.offer()
-    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
     computed = threading.Event()
-    engine = threading.Thread(target=prefill_slowly, args=(prefill, 11, computed))
-    engine.start()
-    due = wait_due(decode)
+    engine, due = begin_early(prefill, decode, computed)
     threading.Timer(0.3, computed.set).start()
     decode.agent.await_started(due)
     engine.join(10)

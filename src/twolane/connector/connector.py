@@ -88,14 +88,14 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         refuse_unsupported(vllm_config, kv_cache_config)
         self._scheduler: PrefillScheduler | DecodeScheduler | None = None
         self._worker: WorkerSide | None = None
-        self._head_start_ms = parse_settings(vllm_config.kv_transfer_config.kv_connector_extra_config).head_start_ms
+        transfer = vllm_config.kv_transfer_config
+        settings = parse_settings(transfer.kv_connector_extra_config)
+        self._head_start_ms = settings.head_start_ms
         self._load = LoadMeter(kv_cache_config.num_blocks, vllm_config.cache_config.block_size)
         if role is KVConnectorRole.WORKER:
             self._worker = WorkerSide(_worker_facts(vllm_config, kv_cache_config))
-        elif vllm_config.kv_transfer_config.is_kv_producer:
-            transfer = vllm_config.kv_transfer_config
-            host = parse_settings(transfer.kv_connector_extra_config).host
-            self._scheduler = PrefillScheduler(join_address(host, transfer.kv_port))
+        elif transfer.is_kv_producer:
+            self._scheduler = PrefillScheduler(join_address(settings.host, transfer.kv_port))
         else:
             num_ranks = vllm_config.parallel_config.tensor_parallel_size
             self._scheduler = DecodeScheduler(vllm_config.cache_config.block_size, num_ranks)
