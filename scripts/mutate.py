@@ -38,9 +38,10 @@ class Mutant:
 
 
 P, D, T = "prefill_side.py", "decode_side.py", "transfer.py"
+P_PEERS, D_PEERS = "prefill_peers.py", "decode_peers.py"
 SLOTS, TCP, INBOX = "transport/slots.py", "transport/tcp.py", "transport/inbox.py"
 MUTANTS = (
-    Mutant("fence: D announces before its forward passes are through", D, "if gate.passed.done:", "if gate:"),
+    Mutant("fence: D announces before its forward passes are through", D, "if passed.done:", "if passed:"),
     Mutant(
         "fence: D doesn't wait for P's word at the end",
         T,
@@ -58,7 +59,7 @@ MUTANTS = (
     ),
     Mutant("fence: D gives blocks back while it writes them", T, "and self.is_fenced and self.in_flight == 0", ""),
     Mutant(
-        "epoch: the old connection of a D stays at its new Hello", P, "if state.epoch == hello.me.epoch", "if not state"
+        "epoch: the old connection of a D stays at its new Hello", D_PEERS, "if peer.epoch == epoch", "if not peer"
     ),
     Mutant("epoch: what comes late or twice is heard", "numbering.py", "message.number > self.heard", "True"),
     Mutant("lease: never runs out", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
@@ -69,8 +70,8 @@ MUTANTS = (
     Mutant(
         "order: P sends a block before it is full",
         T,
-        "self.num_valid_tokens // self.block_size - ",
-        "-(-self.num_valid_tokens // self.block_size) - ",
+        "max(0, num_valid_tokens // self.block_size - ",
+        "max(0, -(-num_valid_tokens // self.block_size) - ",
     ),
     Mutant(
         "landed: D takes a block of which a layer is missing",
@@ -78,16 +79,19 @@ MUTANTS = (
         "self.announce.block_ids[self.landed_items // self.items_per_block :]",
         "self.announce.block_ids[-(-self.landed_items // self.items_per_block) :]",
     ),
-    Mutant("revoke: D lets P write on", D, "now_s + peer.channel.revoke()", "now_s"),
+    Mutant("revoke: D lets P write on", P_PEERS, "now_s + peer.channel.revoke()", "now_s"),
     Mutant(
-        "revoke: D doesn't wait for the grace", D, "now_s + peer.channel.revoke()", "now_s + 0 * peer.channel.revoke()"
+        "revoke: D doesn't wait for the grace",
+        P_PEERS,
+        "now_s + peer.channel.revoke()",
+        "now_s + 0 * peer.channel.revoke()",
     ),
     Mutant("slots: D doesn't look whether it still has the slot", D, "if read.ticket.is_intact()", "if read"),
     Mutant(
         "slots: D gives them back out of order",
-        D,
-        " and not any(before.peer is read.peer for before in self._reads)",
-        "",
+        P_PEERS,
+        "while self.reads and ",
+        "self.reads.sort(key=lambda read: not read.ticket.done)\n        while self.reads and ",
     ),
     Mutant(
         "slots: lent again while they are written",
@@ -98,7 +102,7 @@ MUTANTS = (
     Mutant(
         "data: D reads a slot before all of its bytes are there", INBOX, " and loan.received == loan.size.total", ""
     ),
-    Mutant("data: D keeps bytes that nobody wants", D, "peer.channel.discard(push.slot)", "pass"),
+    Mutant("data: D keeps bytes that nobody wants", P_PEERS, "self.channel.discard(push.slot)", "pass"),
     Mutant(
         "data: D keeps bytes whose push was lost", INBOX, "if one < number and one not in self._wanted", "if not one"
     ),
@@ -108,12 +112,12 @@ MUTANTS = (
     Mutant("data: a slot is lent again while it is sent", TCP, "not all(is_sent() for is_sent in sent)", "False"),
     Mutant(
         "data: P doesn't tell that the connection is lost",
-        P,
-        'return peer.channel.error if peer.channel is not None else ""',
+        D_PEERS,
+        'return self.channel.error if self.channel is not None else ""',
         'return ""',
     ),
-    Mutant("deadline: P waits for a slot for ever", P, "if peer.lent and now_s", "if not peer and now_s"),
-    Mutant("deadline: D waits for a silent P for ever", "peer.py", "now_s - self.last_word_s > timeout_s", "False"),
+    Mutant("deadline: P waits for a slot for ever", D_PEERS, "if self.lent and now_s", "if not self and now_s"),
+    Mutant("deadline: D waits for a silent P for ever", P_PEERS, "now_s - self.last_word_s > timeout_s", "False"),
 )
 
 

@@ -240,10 +240,11 @@ class Prefill(Worker):
         assert sorted(self.free) == list(range(NUM_BLOCKS))
         assert self.shm.free_slots == self.tcp.free_slots == NUM_SLOTS, "a slot stays lent"
         side = self.side
-        assert side.is_idle
+        assert side._offers.is_empty
+        assert not side._flights
         assert not side._farewells
         assert not side._offers._gone, "remembered for ever"
-        assert not any(peer.lent for peer in side._peers.values())
+        assert not any(peer.lent for peer in side._peers._by_name.values())
 
 
 class Decode(Worker):
@@ -319,7 +320,7 @@ class Decode(Worker):
         running = [(req_id, blocks) for req_id, blocks in self.blocks.items() if req_id not in self.waiting]
         if running:
             self.copier.launch(lambda: self._decode_into(running))
-        finished = self.side.take_finished()
+        finished = self.side.arrivals.take_finished()
         for req_id in finished.req_ids:
             handoff = self.waiting.pop(req_id)  # KeyError: reported twice
             if req_id in self.dropped:
@@ -327,17 +328,17 @@ class Decode(Worker):
                 self.give_back(self.blocks.pop(req_id))
             else:
                 self._check_contents(handoff, self.blocks[req_id], finished.invalid_block_ids)
-        if not running and (due := self.side.take_due(self.world.now_s)):
+        if not running and (due := self.side.arrivals.take_due(self.world.now_s)):
             self.awaits, self.awaits_since_s = due, self.world.now_s
             self.num_head_starts += len(due)
 
     def _may_go_on(self) -> bool:
         """As DecodeAgent.await_started, which has the engine's thread wait."""
-        if early := self.side.open_of(self.awaits):
+        if early := self.side.arrivals.open_of(self.awaits):
             if self.world.now_s > self.awaits_since_s + LIMIT_S:
                 self.side.give_up(early, self.world.now_s)
             return False
-        self.side.started_early([], self.world.now_s - self.awaits_since_s, self.world.now_s)
+        self.side.arrivals.started_early([], self.world.now_s - self.awaits_since_s, self.world.now_s)
         self.awaits = []
         return True
 
@@ -384,9 +385,10 @@ class Decode(Worker):
         assert not self.steps
         assert not self.awaits
         side = self.side
-        assert side.is_idle
-        assert not [*side._gates, *side._reads, *side._revoked]
-        assert not any(peer.transfers for peer in side._peers.values())
+        assert side.arrivals.is_empty
+        assert not side._gates
+        assert not side._peers._revoked
+        assert not any(peer.transfers or peer.reads for peer in side._peers.all())
         for req_id in list(self.blocks):
             self.drop(req_id)
         assert sorted(self.free) == list(range(NUM_BLOCKS))

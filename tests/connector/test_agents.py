@@ -246,7 +246,7 @@ def test_a_p_that_comes_back_with_the_right_kv_is_used(decode: Decode, settings:
         assert decode.wait_finished() == {20}
         right.offer("v")
         right.compute([3], 4)
-        agents.wait_for(lambda: not decode.agent._side._peers)
+        agents.wait_for(lambda: not decode.agent._side._peers.all())
         decode.receive(right.address, [21], num_tokens=4, transfer_id="v")
         assert decode.wait_finished() == set()
     finally:
@@ -344,5 +344,5 @@ def test_200_transfers_leave_nothing_behind(prefill: Prefill, decode: Decode) ->
         assert decode.wait_finished() == set()
         prefill.wait_freed(req_id)
     agents.wait_for(lambda: prefill.free_slots == SETTINGS.num_slots)
-    assert prefill.agent.is_idle
-    assert decode.agent._side.is_idle
+    assert prefill.agent._side._offers.is_empty
+    assert decode.agent._side.arrivals.is_empty

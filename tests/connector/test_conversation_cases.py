@@ -160,7 +160,7 @@ def test_a_d_that_connects_anew_leaves_nothing_of_its_old_connection_on_p(world:
     decode.side.on_garbage(prefill.address, ValueError("a broken frame"), world.now_s)
     start(world)
     world.deliver_all()
-    assert len(prefill.side._peers) == 1
+    assert len(prefill.side._peers._by_name) == 1
     assert prefill.shm.free_slots == 4
 
 
@@ -302,7 +302,7 @@ def test_a_slot_that_a_socket_still_reads_is_not_lent_again(world: World) -> Non
     world.pass_time(SETTINGS.peer_timeout_s + 0.1)
     prefill = world.prefills[0]
     prefill.turn()
-    assert not prefill.side._peers
+    assert not prefill.side._peers._by_name
     assert prefill.tcp.free_slots == 3
     world.network.move_all()
     assert prefill.tcp.free_slots == 4

@@ -163,7 +163,7 @@ def test_a_p_that_is_far_too_late_gives_no_head_start_for_a_while(
     decode.wait_finished()
     prefill.finish()
     prefill.wait_freed()
-    assert decode.agent._side._late_until_s[prefill.address] > time.monotonic()
+    assert decode.agent._side.arrivals._late_until_s[prefill.address] > time.monotonic()
 
 
 def test_no_forecast_no_head_start(prefill: Prefill, decode: Decode) -> None:

@@ -135,7 +135,7 @@ def one_observation(counts: Counts, name: str) -> float:
 
 
 def test_another_hosts_clock_is_not_compared(prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill.agent._side, "_me", Identity("epoch", 1, "another host"))
+    monkeypatch.setattr(prefill.agent._side._peers, "_me", Identity("epoch", 1, "another host"))
     prefill.offer()
     prefill.compute([3], 5)
     decode.receive(prefill.address, [20], num_tokens=4)

@@ -86,7 +86,7 @@ class PrefillPeer:
 
     def channels(self) -> list[str]:
         """By which transport each D is reached."""
-        return [type(peer.channel).__name__ for peer in self._prefill.agent._side._peers.values()]
+        return [type(peer.channel).__name__ for peer in self._prefill.agent._side._peers._by_name.values()]
 
     def check(self) -> None:
         """Raises if the agent died or the GPU's context is lost."""

@@ -12,7 +12,8 @@ import zmq
 
 from twolane.connector import sockets
 from twolane.connector.agent import Agent
-from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.arrivals import Finished
+from twolane.connector.decode_side import DecodeSide
 from twolane.connector.head_start import GIVE_UP_S, LIMIT_S
 from twolane.connector.plan import StepPlan
 from twolane.connector.register import Registrar
@@ -56,13 +57,14 @@ class DecodeAgent(Agent):
         self._hopeless: list[Incoming] = []  # a step has waited for these in vain
         self._has_reported = False  # in the last step: the engine is about to compute
         self._side = make_side(self)
+        self._arrivals = self._side.arrivals
 
     # -- engine thread
 
     def begin_step(self, plan: StepPlan) -> None:
         if plan.ended:
             with self.lock:
-                self._side.note_ended(plan.ended)
+                self._arrivals.note_ended(plan.ended)
         if not plan.drop and not plan.receive:
             return
         with self.lock:
@@ -71,44 +73,44 @@ class DecodeAgent(Agent):
 
     def end_step(self) -> None:
         """After a forward pass was launched. Takes the lock only behind a step that took up a transfer."""
-        if self._side.is_stepping:
+        if self._arrivals.is_stepping:
             with self.lock:
-                self._side.end_step()
+                self._arrivals.end_step()
 
     def await_started(self, req_ids: list[str]) -> None:
         """Before the forward pass that computes with these: returns when nothing is written to their blocks any more,
         whether all has landed or not. Raises RuntimeError where that can't be had: a wrong token is worse."""
 
         def is_over() -> bool:
-            return not self._side.open_of(req_ids)
+            return not self._arrivals.open_of(req_ids)
 
         with self.lock:
-            began_s, early = time.monotonic(), self._side.open_of(req_ids)
+            began_s, early = time.monotonic(), self._arrivals.open_of(req_ids)
             if not self._landed.wait_for(is_over, LIMIT_S):
                 self._hopeless = early
                 self.wake()
                 if not self._landed.wait_for(is_over, GIVE_UP_S):
                     raise RuntimeError(f"a transfer that was given up didn't end within {GIVE_UP_S:g} s")
             now_s = time.monotonic()
-            self._side.started_early(early, now_s - began_s, now_s)
+            self._arrivals.started_early(early, now_s - began_s, now_s)
 
     def take_finished(self, *, patient: bool, may_start_early: bool = False) -> Finished:
         """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for, or
         one that is due by then, if there are head starts."""
         with self.lock:
-            finished = self._side.take_finished()
-            if patient and not finished.req_ids and not self._has_reported and self._side.is_waiting:
+            finished = self._arrivals.take_finished()
+            if patient and not finished.req_ids and not self._has_reported and not self._arrivals.is_empty:
                 now_s = time.monotonic()
-                due_in_s = self._side.next_due_s(now_s) - now_s if may_start_early else PATIENCE_S
-                self._landed.wait_for(self._side.has_finished, min(PATIENCE_S, due_in_s))
-                finished = self._side.take_finished()
+                due_in_s = self._arrivals.next_due_s(now_s) - now_s if may_start_early else PATIENCE_S
+                self._landed.wait_for(self._arrivals.has_finished, min(PATIENCE_S, due_in_s))
+                finished = self._arrivals.take_finished()
             self._has_reported = bool(finished.req_ids)
         return finished
 
     def take_due(self) -> list[str]:
         """Requests whose last byte is due; each once. A step that computes nothing asks."""
         with self.lock:
-            due = self._side.take_due(time.monotonic())
+            due = self._arrivals.take_due(time.monotonic())
             self._has_reported |= bool(due)
         return due
 

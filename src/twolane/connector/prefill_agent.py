@@ -41,7 +41,7 @@ class PrefillAgent(Agent):
         self._outbox: list[tuple[bytes, ToDecode]] = []
         self._loses_tenth = loses_tenth
         self._num_sent = 0
-        self._num_refused_messages = 0
+        self._num_lost_messages = self._num_refused_messages = 0
         self._complain_after_s = self._look_s = 0.0
         self._socket, self._door = sockets.listen(self.context, bind_address, keys)
         self._door_told = DoorCounts()
@@ -70,16 +70,12 @@ class PrefillAgent(Agent):
         with self.lock:
             return self._side.take_finished(finished_req_ids, time.monotonic())
 
-    @property
-    def is_idle(self) -> bool:
-        with self.lock:
-            return self._side.is_idle
-
     def take_counters(self) -> Counters:
         counters, told = self._side.take_counters(), self._door_told
         self._door_told = now = self._door.counts
         counters.kv_refused_connections = now.refused - told.refused
         counters.kv_ended_connections = now.ended - told.ended
+        counters.kv_dropped_messages, self._num_lost_messages = self._num_lost_messages, 0
         counters.kv_refused_messages, self._num_refused_messages = self._num_refused_messages, 0
         return counters
 
@@ -88,7 +84,7 @@ class PrefillAgent(Agent):
     def send(self, peer: bytes, message: ToDecode) -> None:
         self._num_sent += 1
         if self._loses_tenth and self._num_sent % 10 == 0:
-            self._side.count_lost_message()
+            self._num_lost_messages += 1
             return
         self._outbox.append((peer, message))
 

@@ -27,7 +27,8 @@ class Cause(enum.StrEnum):
 
 @dataclass
 class Counters:
-    """Owner: an agent, under its lock. Fields that end in `_seconds` are histograms, the others `..._total`."""
+    """Owner: a side, under its agent's lock; its parts count here too. Fields that end in `_seconds` are histograms,
+    the others `..._total`."""
 
     kv_sent_transfers: int = 0
     kv_sent_tokens: int = 0
@@ -56,6 +57,12 @@ class Counters:
 
     def receive_failed(self, cause: Cause) -> None:
         self.kv_receive_failures[cause.value] = self.kv_receive_failures.get(cause.value, 0) + 1
+
+    def take(self) -> Counters:
+        """What was counted since the last call."""
+        taken = Counters()
+        taken.__dict__, self.__dict__ = self.__dict__, taken.__dict__
+        return taken
 
     def nonzero(self) -> Counts:
         return {name: value for name, value in vars(self).items() if value}

@@ -10,8 +10,9 @@ from typing import Any
 import zmq
 
 from twolane.connector.agent import logger
+from twolane.connector.arrivals import Finished
 from twolane.connector.decode_agent import DecodeAgent
-from twolane.connector.decode_side import DecodeSide, Finished
+from twolane.connector.decode_side import DecodeSide
 from twolane.connector.gpus import gpu_uuids
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout, layout_of
