@@ -196,6 +196,19 @@ def test_what_was_computed_before_a_preemption_is_not_sent_after_it(world: World
 
 
 @pytest.mark.parametrize("world", ["direct"], indirect=True)
+def test_what_is_being_sent_at_a_preemption_is_read_before_others_write(world: World) -> None:
+    name = start(world)
+    world.deliver_all()
+    prefill, decode = world.prefills[0], world.decodes[0]
+    prefill.turn()
+    assert prefill.copier.ops, "pushes in flight"
+    prefill.step(preempt=f"p-{name}")
+    world.calm(10)  # D looks at what it computes with
+    assert f"d-{name}" not in decode.waiting
+    assert decode.side.take_counters().kv_received_transfers == 1
+
+
+@pytest.mark.parametrize("world", ["direct"], indirect=True)
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_what_a_p_that_hangs_still_writes_lands_in_no_blocks_of_others(world: World, has_begun: bool) -> None:
     """Its copy begins after D has revoked the permission, or ends after that."""
