@@ -15,9 +15,8 @@ import psutil
 import pytest
 
 import twolane
-from tests.launch.fakes import free_port
 from tests.launch.test_terminal import heed_ctrl_c
-from twolane.launch.ports import is_free
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 FAKE_VLLM = ROOT / "tests" / "launch" / "fake_vllm"
@@ -33,13 +32,7 @@ class Place:
         self.folder = folder
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-        self.base = self._ports()
-
-    def _ports(self) -> int:
-        while True:
-            base = free_port()
-            if base < 65000 and all(is_free("127.0.0.1", port) for port in range(base, base + 80)):
-                return base
+        (self.base,) = free_ports(1, room=80)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "benchmarks.gpu", "--model", str(self.folder / "model"), *SMALL, *words]

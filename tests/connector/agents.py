@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tests.ports import free_port
 from twolane.connector.decode_agent import DecodeAgent
 from twolane.connector.plan import Advance, Finish, Offer, Receive, StepPlan
 from twolane.connector.prefill_agent import PrefillAgent
@@ -21,12 +21,6 @@ NUM_BLOCKS = 32
 BLOCK_SIZE = 4
 LAYERS = 3
 DIGEST = b"prompt"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

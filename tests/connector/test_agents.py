@@ -16,6 +16,7 @@ import zmq
 
 from tests.connector import agents
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
+from tests.ports import free_port
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.transport import shm
@@ -151,7 +152,7 @@ def test_a_request_that_never_reaches_p_ends_the_wait(prefill: Prefill, decode: 
 
 
 def test_no_p_at_the_address_ends_the_wait(decode: Decode) -> None:
-    decode.receive(f"127.0.0.1:{agents.free_port()}", [20], num_tokens=4)
+    decode.receive(f"127.0.0.1:{free_port()}", [20], num_tokens=4)
     assert decode.wait_finished(timeout_s=SETTINGS.peer_timeout_s + 1.0) == {20}
 
 

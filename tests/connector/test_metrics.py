@@ -12,6 +12,7 @@ import pytest
 
 from tests.connector import agents
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode
+from tests.ports import free_port
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.stats import BUCKETS, BY_CAUSE, HELP, Cause, Counters, Counts, add_up, summary
 from twolane.protocol import Identity
@@ -151,7 +152,7 @@ def test_causes_on_d(prefill: Prefill, decode: Decode) -> None:
     decode.receive("not a host:4000", [20], num_tokens=4)
     decode.wait_finished()
     assert cause() == {"unreachable": 1}
-    decode.receive(f"127.0.0.1:{agents.free_port()}", [20], num_tokens=4)
+    decode.receive(f"127.0.0.1:{free_port()}", [20], num_tokens=4)
     decode.wait_finished()
     assert cause() == {"peer_silent": 1}
     prefill.offer("t1", "p1")

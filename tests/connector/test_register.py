@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 
-from tests.connector.agents import free_port, start_decode, start_prefill
+from tests.connector.agents import start_decode, start_prefill
+from tests.ports import free_port
 from twolane.connector.register import changed_much
 from twolane.connector.settings import ConnectorSettings, parse_settings, read_secret
 from twolane.errors import ConfigError

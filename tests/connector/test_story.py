@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.connector.agents import Decode, Prefill, free_port, start_decode, start_prefill, wait_for
+from tests.connector.agents import Decode, Prefill, start_decode, start_prefill, wait_for
 from tests.connector.test_register import receive
+from tests.ports import free_port
 from twolane.connector.plan import Ended, StepPlan
 from twolane.connector.scheduler import DecodeScheduler
 from twolane.connector.settings import ConnectorSettings

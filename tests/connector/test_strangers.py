@@ -17,12 +17,12 @@ from tests.connector.agents import (
     SETTINGS,
     Decode,
     Prefill,
-    free_port,
     start_decode,
     start_prefill,
     wait_for,
 )
 from tests.connector.strangers import MEMBERS_ONLY, RAW, SECRET, Relay, dealer, deployment_keys, raw
+from tests.ports import free_port
 from twolane import curve
 from twolane.connector import sockets
 from twolane.connector.settings import ConnectorSettings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any, Self, TypeVar
 import httpx
 import msgspec
 
+from tests.ports import free_port
 from tests.proxy.scripted import MODEL, Behaviour, Call, ScriptedInstance, answer, chunk
 from twolane.protocol import Load, Role
 
@@ -37,13 +37,6 @@ if "log_dir" in given:
 given["api_keys"] = tuple(given.get("api_keys", ()))
 sys.exit(run(ProxySettings(**given)))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

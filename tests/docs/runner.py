@@ -16,7 +16,7 @@ import httpx
 
 from tests.docs.pages import Block
 from tests.engine.place import BIN, PORTS, Place
-from tests.launch.fakes import free_port
+from tests.ports import free_port
 
 USUAL_PORTS = dict(zip((10001, 30001, 20003, 20005, 21001, 22001), PORTS, strict=True))
 OWN_PORTS = (10002, 30002, 8000)  # what else the docs start listens there

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.stack import BLOCK_SIZE, Instance, Stack, free_ports, make_test_plan, on_port, without_connector
+from tests.engine.stack import BLOCK_SIZE, Instance, Stack, make_test_plan, on_port, without_connector
+from tests.ports import free_ports
 
 # Below one block, at block edges, at chunk edges, over several chunks.
 LENGTHS = [1, 2, 3, 17, 64, 100, 127, 128, 129, 130, 200, 255, 256, 257, 384, 511, 513, 1024, 2000, 4000]

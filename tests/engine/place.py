@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import twolane
-from tests.launch.fakes import spaced_ports
+from tests.ports import free_ports_of
 
 PORTS = ("HTTP_PROXY_PORT", "PROXY_PORT", "PREFILL_HTTP_PORT", "DECODE_HTTP_PORT", "PREFILL_KV_PORT", "DECODE_KV_PORT")
 BIN = Path(sys.executable).parent
@@ -21,7 +21,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = {name: str(port) for name, port in zip(PORTS, spaced_ports(len(PORTS)), strict=True)}
+        self.ports = free_ports_of(PORTS)
         path = os.pathsep.join([str(Path(twolane.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
         self.env = {**os.environ, **self.ports, "PYTHONPATH": path}
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
-import random
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -18,11 +15,12 @@ from typing import Any, Literal
 import msgspec
 from rich.console import Console
 
+from tests.ports import free_ports
 from twolane.launch.configuration import load
 from twolane.launch.hardware import inspect_machine
 from twolane.launch.kv import without_kv
 from twolane.launch.model import resolve_model
-from twolane.launch.plan import PORT_STEP, Plan, ServiceSpec, make_plan
+from twolane.launch.plan import Plan, ServiceSpec, make_plan
 from twolane.launch.probes import get_json, is_healthy, is_registered, request
 from twolane.launch.process import Child, kill_members, last_lines
 from twolane.launch.progress import Progress
@@ -32,31 +30,6 @@ CHUNK_TOKENS = 512  # small, so that a long prompt takes several chunks
 BLOCK_SIZE = 128  # vLLM's for the CPU
 
 Lane = Literal["prefill", "decode"]
-_claims: list[socket.socket] = []  # of ports, see free_ports
-
-
-def free_ports(count: int) -> list[int]:
-    """Free now, with room behind each for the other ranks' ports, and handed out to no other test of this machine.
-
-    Below the ports that the system gives to outgoing connections: a D that calls a P which is gone could get that very
-    port for its own end, be connected to itself, and keep the port from the P that comes back.
-    """
-    candidates = random.Random().sample(range(12_000, 32_000, PORT_STEP), 20 * count)
-    return list(itertools.islice(filter(_claim, candidates), count))
-
-
-def _claim(port: int) -> bool:
-    """What it will be used for may be bound much later: a name in the system holds it until this process ends."""
-    claim = socket.socket(socket.AF_UNIX)
-    try:
-        claim.bind(f"\0twolane-test-{port}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-    except OSError:
-        claim.close()
-        return False
-    _claims.append(claim)
-    return True
 
 
 def make_test_plan(log_dir: Path, *more_args: str, **changes: Any) -> Plan:

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tests.engine.conftest import make_prompts
-from tests.engine.stack import BLOCK_SIZE, Instance, Stack, complete, completion_body, free_ports, wait_for
+from tests.engine.stack import BLOCK_SIZE, Instance, Stack, complete, completion_body, wait_for
+from tests.ports import free_ports
 from twolane.launch.probes import get_json
 from twolane.launch.process import Child
 

@@ -17,10 +17,10 @@ from tests.engine.stack import (
     all_free,
     complete,
     completion_body,
-    free_ports,
     on_port,
     wait_for,
 )
+from tests.ports import free_ports
 from twolane.protocol import split_address
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

@@ -15,12 +15,12 @@ from tests.engine.stack import (
     complete,
     completion_body,
     difference,
-    free_ports,
     make_test_plan,
     on_port,
     wait_for,
     without_connector,
 )
+from tests.ports import free_ports
 from twolane.launch.diagnose import diagnose
 from twolane.launch.process import Child, last_lines
 

@@ -12,14 +12,13 @@ import pytest
 
 import twolane
 from tests.engine.place import PORTS
-from tests.launch.fakes import spaced_ports
+from tests.ports import free_ports_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 def test_under_fire_every_answer_is_right_and_nothing_is_lost_or_leaked(tmp_path: Path) -> None:
-    ports = {name: str(port) for name, port in zip(PORTS, spaced_ports(len(PORTS)), strict=True)}
-    env = {**os.environ, **ports, "PYTHONPATH": str(Path(twolane.__file__).parent.parent)}
+    env = {**os.environ, **free_ports_of(PORTS), "PYTHONPATH": str(Path(twolane.__file__).parent.parent)}
     argv = [sys.executable, "-m", "benchmarks.soak", "--phases", "short", "--requests", "60", "--prompts", "40"]
     argv += ["--out", str(tmp_path)]
     root = Path(__file__).parents[2]

@@ -17,12 +17,12 @@ from tests.engine.stack import (
     complete,
     completion_body,
     difference,
-    free_ports,
     make_test_plan,
     on_port,
     with_extra,
     without_connector,
 )
+from tests.ports import free_ports
 from twolane.launch.plan import ServiceSpec
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]

@@ -6,7 +6,6 @@ first is told how much memory to take, the second gets the launcher's shares: no
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.place import PORTS, Place
-from tests.engine.stack import Stack, difference, free_ports, metrics_of, wait_for
+from tests.engine.place import Place
+from tests.engine.stack import Stack, difference, metrics_of, wait_for
 from tests.gpu.lanes import (
     BOTH,
     FLOAT32,
@@ -42,7 +41,7 @@ from tests.gpu.lanes import (
 from tests.gpu.switches import MODEL, ON_CPU
 from twolane.config import GpuGroups, Settings
 from twolane.launch.control import Files, stop_all
-from twolane.launch.plan import PORT_STEP, load_plan
+from twolane.launch.plan import load_plan
 from twolane.launch.probes import is_registered
 
 pytestmark = [
@@ -78,7 +77,6 @@ class Service:
 def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     shape, folder = request.param, tmp_path_factory.mktemp("up")
     place = Place(folder)
-    place.env |= ports()  # not those that the system gives to outgoing connections: ranks and instances need more
     place.env |= TRUE_FLOAT32 | ({} if ON_CPU else {"PREFILL_GPU": shape.gpus, "DECODE_GPU": shape.gpus})
     args = (*BOTH, *(shape.cpu_args if ON_CPU else (*FLOAT32, *shape.args)))
     words = ("--model", MODEL, "--max-model-len", str(MAX_LEN), *(shape.cpu_words if ON_CPU else ()))
@@ -90,13 +88,6 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield Service(shape, place, Stack(load_plan(folder / ".twolane" / "plan.json")))
     finally:
         stop_all(files)
-
-
-def ports() -> dict[str, str]:
-    while True:
-        found = free_ports(len(PORTS))
-        if all(abs(a - b) > 5 * PORT_STEP for a, b in itertools.combinations(found, 2)):
-            return {name: str(port) for name, port in zip(PORTS, found, strict=True)}
 
 
 def test_tokens_equal_d_alone_and_every_instance_took_part(request: pytest.FixtureRequest, service: Service) -> None:

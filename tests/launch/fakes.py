@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import socket
 import sys
 from pathlib import Path
 
+from tests.ports import free_port
 from twolane.launch.plan import Plan, Role, ServedModel, ServiceSpec
 
 # Answers like a proxy and like an instance; argv: port, then the addresses that /stats shows as ready.
@@ -49,20 +48,6 @@ import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def spaced_ports(count: int) -> list[int]:
-    """Free ports with room behind each for the next instances' and ranks' ports."""
-    while True:
-        ports = [free_port() for _ in range(count)]
-        if all(abs(a - b) > 50 for a, b in itertools.combinations(ports, 2)) and max(ports) < 65000:
-            return ports
 
 
 def make_spec(folder: Path, code: str, *, name: str = "prefill", role: Role = "prefill", port: int = 0) -> ServiceSpec:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import twolane as twolane_package
-from tests.launch.fakes import free_port
+from tests.ports import free_port
 
 SOURCE = str(Path(twolane_package.__file__).parent.parent)
 COMMANDS = [

@@ -65,6 +65,8 @@ BUSY = (replace(H200[0], free_bytes=20 * GIB, holders=("4711 (python)",)), *H200
         ({"model_bytes": 200 * 10**9}, "error", "PREFILL_GPU=0+1"),
         ({"links": {}}, "warning", "0 and 1 have no peer access"),
         ({"ports": ("port 1 (x) is taken by process 2 (y): end that",)}, "error", "taken by process 2 (y) end that"),
+        ({"outgoing_ports": range(20_000, 21_000)}, "warning", "ip_local_reserved_ports=20003,20005"),
+        ({"outgoing_ports": range(21_000, 22_000)}, "warning", "prefill's KV port 21001: any program may have it"),
         ({"disk_free_bytes": {"/logs": 5}}, "error", "make room"),
         ({"shm_free_bytes": 64 * 10**6}, "error", "--shm-size"),
         ({"max_open_files": 1024}, "warning", "ulimit -n"),
@@ -103,6 +105,7 @@ def test_facts_are_gathered_on_this_machine(tmp_path: Path) -> None:
     assert gathered.disk_free_bytes[str(tmp_path / "not" / "there")] > 0
     assert gathered.model_config is None
     assert gathered.shm_free_bytes > 0
+    assert 1 < len(gathered.outgoing_ports) < 65536
 
 
 @pytest.mark.parametrize(

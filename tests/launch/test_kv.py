@@ -10,7 +10,8 @@ import msgspec
 import pytest
 import zmq
 
-from tests.launch.fakes import make_run, server_spec, spaced_ports
+from tests.launch.fakes import make_run, server_spec
+from tests.ports import free_ports_of
 from twolane.config import Kv, ProxySettings
 from twolane.launch.configuration import resolve
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, make_plan
@@ -44,8 +45,7 @@ def test_a_nixl_instance_is_registered_with_its_kind_and_addresses(tmp_path: Pat
 
 
 def planned(kv: Kv, discovery_port: int) -> Plan:
-    http, *ports = spaced_ports(5)
-    env = dict(zip(PORTS, map(str, ports), strict=True)) | {"HTTP_PROXY_PORT": str(http), "TWOLANE_KV": kv}
+    env = free_ports_of(("HTTP_PROXY_PORT", *PORTS)) | {"TWOLANE_KV": kv}
     return make_plan(resolve({"proxy_port": discovery_port}, env, None).settings, TWO_GPUS, MODEL)
 
 

@@ -20,8 +20,8 @@ import pexpect
 import pytest
 
 import twolane
-from tests.launch.fakes import spaced_ports
 from tests.launch.test_process import wait_for
+from tests.ports import free_ports_of
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
 from twolane.launch.ports import is_free
@@ -48,12 +48,12 @@ class Place:
         model = folder / "tiny"
         model.mkdir()
         (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-        ports = dict(zip((*PORTS, "PREFILL_KV_PORT", "DECODE_KV_PORT"), spaced_ports(6), strict=True))
-        self.ports = {name: ports[name] for name in PORTS}
+        ports = free_ports_of((*PORTS, "PREFILL_KV_PORT", "DECODE_KV_PORT"))
+        self.ports = {name: int(ports[name]) for name in PORTS}
         self.env = {
             **{"PATH": os.environ["PATH"], "HOME": str(folder), "LANG": "C.UTF-8", "TERM": "xterm", "COLUMNS": "80"},
             **{"PYTHONPATH": f"{FAKE_VLLM}:{SOURCE}", "MODEL": str(model), "PYTHON": sys.executable},
-            **{name: str(port) for name, port in ports.items()},
+            **ports,
         }
 
     def terminal(

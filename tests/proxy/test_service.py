@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from tests.ports import free_port
 from tests.proxy.scripted import Call, ScriptedInstance, answer, eventually, read_answer
 
 from twolane.config import ProxySettings
@@ -26,13 +27,6 @@ logging.basicConfig(level=logging.INFO)
 http, discovery, drain_s = sys.argv[1:]
 sys.exit(run(ProxySettings(http_port=int(http), discovery_port=int(discovery), drain_timeout_s=float(drain_s))))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 class Running:

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager, contextmanager
 import msgspec
 import pytest
 import zmq
-from tests.connector.agents import free_port
 from tests.connector.strangers import MEMBERS_ONLY, RAW, SECRET, Relay, dealer, deployment_keys, raw
+from tests.ports import free_port
 from tests.proxy.scripted import Cluster, ScriptedInstance, cluster, eventually
 
 from twolane import curve

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.ports import free_port
 from tests.proxy.otlp_receiver import Receiver
 from tests.proxy.scripted import ScriptedInstance
-from tests.proxy.test_service import free_port
 from tests.proxy.test_tracing import SAMPLED, SPAN_ID, TRACE_ID
 
 DEADLINE_S = 60.0

@@ -192,8 +192,9 @@ def stop_all(files: Files) -> list[str]:
             os.kill(state.supervisor.pid, signal.SIGKILL)
             wait_all([state.supervisor], LEFTOVER_STOP_S)
             report.append("supervisor: killed, it did not end in time")
-        if (state := read_state(files.state)) is None:
-            return report  # another `down` was faster
+        before, state = state, read_state(files.state)
+        if state is None:  # another `down`, or an `up --foreground` that saw its end, was faster
+            return report + [f"{service.name}: stopped" for service in before.services if service.pid]
     if state.overall in {"stopped", "failed"}:
         report += [f"{service.name}: {service.phase}" for service in state.services if service.pid]
     report += _stop_leftovers(state)

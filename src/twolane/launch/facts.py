@@ -23,6 +23,7 @@ from twolane.power.nvml import nvml
 
 TIMEX_BYTES = 256  # struct timex takes 208 on 64-bit Linux
 TIME_ERROR = 5  # what adjtimex returns where nothing keeps the clock right
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 SHM = Path("/dev/shm")  # noqa: S108 - looked at, not written to
 
 
@@ -50,6 +51,7 @@ class Facts:
     model_bytes: int = 0
     known_architectures: str = ""  # the text of vLLM's registry; empty if it isn't found
     ports: tuple[str, ...] = ()
+    outgoing_ports: range = range(0)  # what the kernel gives to whoever names no port
     running: bool = False  # our own services run: their ports and memory are theirs
     disk_free_bytes: dict[str, int] = field(default_factory=dict)
     memory_free_bytes: int = 1 << 40
@@ -72,6 +74,7 @@ def gather(plan: Plan, folders: list[Path], running: bool) -> Facts:
         model_bytes=sum(path.stat().st_size for path in folder.glob("*") if path.suffix in {".safetensors", ".bin"}),
         known_architectures=_architectures(),
         ports=() if running else tuple(taken_ports(plan)),
+        outgoing_ports=_outgoing_ports(),
         running=running,
         disk_free_bytes={str(path): _free_bytes(path) for path in folders},
         memory_free_bytes=psutil.virtual_memory().available,
@@ -105,6 +108,13 @@ def _free_bytes(path: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def _outgoing_ports() -> range:
+    with contextlib.suppress(OSError, ValueError):
+        first, last = map(int, OUTGOING_PORTS.read_text().split())
+        return range(first, last + 1)
+    return range(0)
 
 
 def _mtime(path: Path) -> float:

@@ -150,7 +150,7 @@ def make_plan(settings: Settings, machine: Machine, model: ServedModel) -> Plan:
 
 def _check_ray(settings: Settings) -> None:
     if settings.kv != "twolane":
-        raise ConfigError(f"--ray needs --kv twolane: vLLM's connector for {settings.kv} signs no registrations")
+        raise ConfigError(f"--ray needs --kv twolane: vLLM's connector for {settings.kv} can't encrypt registrations")
     if settings.prefill_gpu or settings.decode_gpu:
         raise ConfigError(
             "with --ray it is Ray that gives GPUs out: leave PREFILL_GPU and DECODE_GPU out; several GPUs an "
@@ -159,7 +159,7 @@ def _check_ray(settings: Settings) -> None:
 
 
 def on_cluster(plan: Plan, host: str, networks: tuple[str, ...], secret_file: Path) -> Plan:
-    """The plan for a driver at `host`: instances register there, from these networks, and sign."""
+    """The plan for a driver at `host`: instances register there, from these networks, with the secret."""
     proxy, *instances = plan.services
     argv = [*proxy.argv, "--discovery-host", host, "--registration-secret-file", str(secret_file)]
     argv += [word for network in networks for word in ("--allow-network", network)]
@@ -275,14 +275,20 @@ def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpus: 
     return env
 
 
-def _check_collisions(plan: Plan) -> None:
-    if not plan.discovery_port or not plan.services[0].http_port:
-        raise ConfigError("HTTP_PROXY_PORT and PROXY_PORT can't be 0 here: others must know them")
+def taken_by(plan: Plan) -> list[tuple[str, int, int]]:
+    """Whose, the first port, and how many."""
     taken = [("PROXY_PORT", plan.discovery_port, 1)]
     for spec in plan.services:
         taken.append((f"{spec.name}'s HTTP port", spec.http_port, 1))
         if spec.kv_port is not None:
             taken.append((f"{spec.name}'s KV port", spec.kv_port, RANKS_PER_INSTANCE))
+    return taken
+
+
+def _check_collisions(plan: Plan) -> None:
+    if not plan.discovery_port or not plan.services[0].http_port:
+        raise ConfigError("HTTP_PROXY_PORT and PROXY_PORT can't be 0 here: others must know them")
+    taken = taken_by(plan)
     for (a, a_port, a_len), (b, b_port, b_len) in itertools.combinations(taken, 2):
         if a_port < b_port + b_len and b_port < a_port + a_len:
             raise ConfigError(
