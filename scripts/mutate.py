@@ -58,9 +58,7 @@ MUTANTS = (
         "return self.ended is not None",
     ),
     Mutant("fence: D gives blocks back while it writes them", T, "and self.is_fenced and self.in_flight == 0", ""),
-    Mutant(
-        "epoch: the old connection of a D stays at its new Hello", D_PEERS, "if peer.epoch == epoch", "if not peer"
-    ),
+    Mutant("epoch: the old connection of a D stays at its new Hello", D_PEERS, "if peer.epoch == epoch", "if not peer"),
     Mutant("epoch: what comes late or twice is heard", "numbering.py", "message.number > self.heard", "True"),
     Mutant("lease: never runs out", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
     Mutant("lease: runs out at once", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return True"),
