@@ -43,7 +43,8 @@ from twolane.connector.agent import SWITCH_INTERVAL_S
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.transport.base import select_items
+from twolane.connector.transfer import Cursor, Part
+from twolane.connector.transport.base import Items, Ticket
 from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.protocol import Transport
 
@@ -144,22 +145,19 @@ class Sender:
         self._channel, chosen = self._senders.open(offers, pid, host_identity())
         pipe.send((chosen, os.getpid()))
         assert pipe.recv() == "attached"
-        self._layers = args.layers
 
     def push(self, sources: list[int], targets: list[int]) -> float:
         """Seconds from the call to the last byte in D's blocks."""
         synchronize(self._args)
         started_s = time.perf_counter()
-        fence, total, first = self._senders.fence(), len(sources) * self._layers, 0
-        flying: list[tuple[Any, Any]] = []
+        fence, cursor = self._senders.fence(), Cursor(self._args.layers)
+        flying: list[tuple[Ticket, Items]] = []
         reading = 0
-        while first < total or flying or reading:
-            if first < total and (room := self._channel.room(first)):
-                count = min(room, total - first)
-                wanted = select_items(targets, first, count, self._layers)
-                own = select_items(sources, first, count, self._layers)
-                flying.append((self._channel.push(own, wanted, fence), wanted))
-                first += count
+        while (left := len(sources) - cursor.block) or flying or reading:
+            if left and (extent := self._channel.room(cursor.num_open or left, cursor.layer, fence)):
+                part = Part(cursor.block, *extent)
+                flying.append((self._channel.push(part.of(sources), part.of(targets), fence), part.of(targets)))
+                cursor.pass_by(part)
             elif not flying:
                 self._poller.poll(patience_ms(self._args))
             self._senders.poll()

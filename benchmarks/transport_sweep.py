@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from twolane.connector.layout import layout_of
-from twolane.connector.transport.cuda import kernel
+from twolane.connector.transport.cuda import kernel, planes
 
 BLOCK_TOKENS = 16
 LAUNCHES = 3  # in a row
@@ -77,13 +77,13 @@ class Bench:
             layer.random_(-index - 1, index + 1)
         self._target["layer.0"].copy_(self._source["layer.0"])  # torch opens peer access by that, one way each
         self._source["layer.0"].copy_(self._target["layer.0"])
-        planes = [kernel.planes_of(layout_of(kv, num_blocks)) for kv in (self._source, self._target)]
-        self._tables = [kernel.PlaneTable(each, self._here) for each in planes]
+        both = [planes.planes_of(layout_of(kv, num_blocks)) for kv in (self._source, self._target)]
+        self._tables = [planes.PlaneTable(each, self._here) for each in both]
         shuffle = random.Random(1)
         self._ids = [shuffle.sample(range(num_blocks), self._blocks) for _ in range(2)]
         self._block_ids = torch.tensor(self._ids, dtype=torch.int32, device=self._here)
         self._permit = kernel.permit_of(0, 0, self._here)
-        self.size = self._blocks * sum(plane.size_bytes for plane in planes[0])
+        self.size = self._blocks * sum(plane.size_bytes for plane in both[0])
         self._flat = [torch.zeros(self.size, dtype=torch.uint8, device=device) for device in (self._here, there)]
 
     def contiguous(self) -> None:

@@ -63,7 +63,7 @@ MUTANTS = (
     Mutant("lease: never runs out", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
     Mutant("lease: runs out at once", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return True"),
     Mutant("digest: another prompt's KV is taken", T, "if announce.digest != self.digest:", "if not announce:"),
-    Mutant("gap: D doesn't see that a push is missing", T, "push.first != self.next_item or ", ""),
+    Mutant("gap: D doesn't see that a push is missing", T, "not self.cursor.is_at(part) or ", ""),
     Mutant("order: P tells of its pushes in another order", P, "in flights:\n", "in reversed(flights):\n"),
     Mutant(
         "order: P sends a block before it is full",
@@ -74,8 +74,21 @@ MUTANTS = (
     Mutant(
         "landed: D takes a block of which a layer is missing",
         T,
-        "self.announce.block_ids[self.landed_items // self.items_per_block :]",
-        "self.announce.block_ids[-(-self.landed_items // self.items_per_block) :]",
+        "self.announce.block_ids[self.landed.block :]",
+        "self.announce.block_ids[self.landed.block + self.landed.num_open :]",
+    ),
+    Mutant(
+        "layers: D takes those of other blocks than it has begun",
+        T,
+        "part.num_blocks == self.num_open if self.layer else part.num_blocks > 0",
+        "True",
+    ),
+    Mutant("layers: P goes on with blocks that were taken from it", T, "if num_final < open_:", "if not self:"),
+    Mutant(
+        "layers: P holds them back for a later pass",
+        T,
+        "return self.open_fence or self.fence",
+        "return self.fence",
     ),
     Mutant("revoke: D lets P write on", P_PEERS, "now_s + peer.channel.revoke()", "now_s"),
     Mutant(

@@ -18,7 +18,7 @@ LANES: dict[Role, Literal["prefill", "decode"]] = {"P": "prefill", "D": "decode"
 Kind = Literal["twolane", "nixl", "p2pnccl"]
 Transport = Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"]  # auto: the first of the others that a pair can use
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 REGISTER_EVERY_S = 3.0
 LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
 
@@ -241,16 +241,19 @@ class Refused(Message, frozen=True, tag="refused"):
 
 
 class Push(Message, frozen=True, tag="push"):
-    """Items [first_item, first_item + num_items) of the transfer lie in `slot`, or in D's blocks if there is none.
+    """`num_layers` layers from `first_layer` on, of `num_blocks` blocks from the `first_block`th announced on, lie in
+    `slot` (block by block, layers inside a block), or in D's blocks if there is none.
 
-    An item is one layer of one block; items are numbered block by block in announced order, layers inside a block.
+    Blocks go in announced order, and all layers of some before the first layer of the next.
     `computed_at_s`: P's CLOCK_MONOTONIC when it last computed something of the prompt; in the last push its last layer.
     That clock is the host's: D may compare it with its own where P's host is its own host, and nowhere else.
     """
 
     transfer_id: str
-    first_item: int
-    num_items: int
+    first_block: int
+    num_blocks: int
+    first_layer: int
+    num_layers: int
     slot: int | None
     computed_at_s: float = 0.0
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from twolane.connector.layout import KVLayout, Region
-from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.base import Extent, Fence, Items, Ticket
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.connector.transport.pace import Forecast
 from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf
@@ -25,7 +25,7 @@ LAYERS = 2
 BLOCK_SIZE = 2
 NUM_BLOCKS = 8
 ITEM_BYTES = 8
-SLOT_ITEMS = 3  # so that a push ends in the middle of a block
+SLOT_ITEMS = 3  # one block, or one layer of three
 GRACE_S = 0.25
 
 Content = tuple[str, int, int]  # whose KV: (prompt, block of it, how many slots of the block hold it)
@@ -35,6 +35,11 @@ _ENGINE = object()  # owner of the engine's forward passes
 LAYOUT = KVLayout(
     "cpu", NUM_BLOCKS, tuple(Region(f"layer.{i}", 0, (0,), ITEM_BYTES, ITEM_BYTES) for i in range(LAYERS))
 )
+
+
+class StillComputing(Fence):
+    def is_over(self) -> bool:
+        return False
 
 
 class Codes:
@@ -112,8 +117,9 @@ class SimCopier:
     def layer_done(self, layer_name: str) -> None: ...
 
     def fence(self) -> Fence:
+        """Every other pass goes on computing."""
         self.num_passes += 1
-        return Fence()
+        return Fence() if self.num_passes % 2 else StillComputing()
 
     def quiesce(self) -> None:
         for op in self.ops:
@@ -128,9 +134,6 @@ class SimCopier:
         if not ticket.done:
             self.ops.append(Op(ticket, _ENGINE, lambda: False, lambda: None))
         return ticket
-
-    def capacity(self, slot_bytes: int, first_item: int) -> int:
-        return SLOT_ITEMS
 
     def pin(self, address: int, size_bytes: int) -> None: ...
 
@@ -270,8 +273,8 @@ class DirectSendChannel:
         self._way = way
         self._permit = permit
 
-    def room(self, first_item: int) -> int:
-        return 1 << 30
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
+        return Extent(num_blocks, range(first_layer, LAYERS))
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
         def is_permitted() -> bool:

@@ -144,13 +144,16 @@ class Prefill(Worker):
         self.way = way
         self.shm = ShmSend(LAYOUT, self.copier, slot_bytes=0, num_slots=NUM_SLOTS)
         self.tcp = TcpSend(
-            self.copier, world.network.serve, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS, chunk_bytes=ITEM_BYTES
+            self.copier,
+            world.network.serve,
+            LAYOUT.layer_bytes,
+            slot_bytes=SLOT_BYTES,
+            num_slots=NUM_SLOTS,
+            chunk_bytes=ITEM_BYTES,
         )
         made: dict[Way, SendWay] = {"direct": DirectSend(self.copier), "shm": self.shm, "tcp": self.tcp}
         ways = [made[way]]
-        self.side = PrefillSide(
-            SETTINGS, self.identity, FORMAT, LAYERS, Senders(self.copier, ways), self, Story("P", 0)
-        )
+        self.side = PrefillSide(SETTINGS, self.identity, FORMAT, Senders(self.copier, ways), self, Story("P", 0))
         self.running: dict[str, PrefillRequest] = {}
         self.held: dict[str, list[int]] = {}  # ended; the transfer has the blocks
         self.plan = StepPlan()
@@ -256,7 +259,7 @@ class Decode(Worker):
         self.client = SimClient(world.network)
         self.tcp = TcpReceive(LAYOUT, self.copier, self.client, slot_bytes=SLOT_BYTES, num_slots=NUM_SLOTS)
         receivers = Receivers(self.copier, [self.direct, SimShmReceive(LAYOUT, self.copier), self.tcp])
-        self.side = DecodeSide(SETTINGS, self.identity, FORMAT, LAYERS, 0, receivers, self, Story("D", 0))
+        self.side = DecodeSide(SETTINGS, self.identity, FORMAT, 0, receivers, self, Story("D", 0))
         self.sockets: dict[str, Wire] = {}
         self.blocks: dict[str, list[int]] = {}  # of every request
         self.waiting: dict[str, Handoff] = {}  # until it is reported

@@ -45,7 +45,7 @@ def test_a_block_is_found_whatever_the_layout(name: str) -> None:
 
 def test_layers_that_share_memory_are_moved_once() -> None:
     tensor = torch.zeros(NUM_BLOCKS, 4)
-    assert layout_of({"a": tensor, "b": tensor}, NUM_BLOCKS).items_per_block == 1
+    assert len(layout_of({"a": tensor, "b": tensor}, NUM_BLOCKS).layer_bytes) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import zmq
 from tests.connector.agents import SETTINGS, Memory, wait_for
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
-from twolane.connector.transport.base import Ticket, select_items
+from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.data_sockets import ZmqClient, ZmqServer
 from twolane.connector.transport.frames import ALIVE, CHUNK_BYTES, FrameError, Head, Seal, checksum
 from twolane.connector.transport.inbox import Inbox, Size
@@ -29,7 +30,8 @@ from twolane.protocol import TransportOffer
 MEMORY = Memory()
 LAYOUT = layout_of(MEMORY.make(fill=False), MEMORY.num_blocks)
 ITEM = LAYOUT.max_item_bytes
-ITEMS = select_items([20], 0, MEMORY.layers, MEMORY.layers)
+ITEMS = Items([20], range(MEMORY.layers))
+ROOM = (1, 0, Fence())
 TOTAL = ITEM * MEMORY.layers
 BYTES = bytes(range(256)) * (TOTAL // 256 + 1)
 KEY, TOKEN = b"k" * 32, b"t" * 32
@@ -131,7 +133,7 @@ BAD = {
     "a frame too many": (Seal(KEY).close(head()), BYTES[:TOTAL], b""),
     "changed on the way": (Seal(KEY).close(head()), bytes(TOTAL)),
     "of another size": (Seal(KEY).close(head(total=TOTAL - ITEM, size=TOTAL - ITEM)), BYTES[: TOTAL - ITEM]),
-    "of other items": (Seal(KEY).close(head(skip=1)), BYTES[:TOTAL]),
+    "of other items": (Seal(KEY).close(head(first_layer=1)), BYTES[:TOTAL]),
     "with a gap": (Seal(KEY).close(head(offset=ITEM, size=TOTAL - ITEM)), BYTES[: TOTAL - ITEM]),
     "larger than a slot": (Seal(KEY).close(head(loan=8, size=5000, total=5000)), BYTES[:5000]),
 }
@@ -205,10 +207,10 @@ def test_a_stranger_gets_nothing_and_is_counted() -> None:
             return sum(refused) == 2
 
         wait_for(is_refused, 30)
-        assert not channel.room(0), "D hasn't come yet"
+        assert not channel.room(*ROOM), "D hasn't come yet"
         own = half._halves[0]
         own.attach(chosen.data, 0)
-        wait_for(lambda: channel.room(0) > 0, 30)
+        wait_for(lambda: bool(channel.room(*ROOM)), 30)
         ticket = channel.push(ITEMS, ITEMS, senders.fence())
         assert ticket.slot is not None
         read = own.read(ticket.slot, ITEMS)
@@ -277,10 +279,10 @@ def test_staging_is_given_back_when_a_socket_still_holds_some() -> None:
 
 def test_sizes_of_items_are_those_of_their_layers() -> None:
     layers = [3, 5, 7]
-    for first in range(6):
-        for count in range(1, 12):
-            items = select_items(list(range(8)), first, count, 3)
-            assert items.size_bytes(layers) == sum(layers[layer] for _, layer in items)
+    for first, end in itertools.combinations(range(4), 2):
+        items = Items(list(range(8)), range(first, end))
+        assert items.size_bytes(layers) == sum(layers[layer] for _, layer in items)
+        assert items.count == len(list(items))
 
 
 def test_a_pair_that_never_meets_is_given_up() -> None:

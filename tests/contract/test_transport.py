@@ -14,7 +14,8 @@ import torch
 from tests.contract.target import NUM_BLOCKS, Footprint, Memory, TargetProcess, footprint, no_wake
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
-from twolane.connector.transport.base import Fence, SendChannel, Ticket, select_items
+from twolane.connector.transfer import Cursor, Part
+from twolane.connector.transport.base import Extent, Fence, Items, SendChannel, Ticket
 from twolane.connector.transport.hub import Senders
 from twolane.connector.transport.select import senders_for
 from twolane.errors import TransferError
@@ -68,10 +69,15 @@ class Pair:
             time.sleep(0.001)
         return ticket
 
-    def room(self, link: Link, first_item: int) -> int:
+    @property
+    def layers(self) -> range:
+        return range(self.memory.layers)
+
+    def room(self, link: Link, num_blocks: int = 1, first_layer: int = 0, fence: Fence | None = None) -> Extent:
         """Once there is some: the two sides may still be meeting."""
         deadline_s = time.monotonic() + 30
-        while not (room := link.channel.room(first_item)):
+        fence = fence or self.senders.fence()
+        while not (room := link.channel.room(num_blocks, first_layer, fence)):
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
         return room
@@ -91,18 +97,20 @@ class Pair:
 
     def push(self, link: Link, blocks: list[tuple[int, int]], fence: Fence | None = None) -> int:
         """Moves (source, target) block pairs with as many pushes as it takes; returns bytes."""
-        layers, fence = self.memory.layers, fence or self.senders.fence()
+        fence = fence or self.senders.fence()
         sources, targets = [source for source, _ in blocks], [target for _, target in blocks]
-        first, moved = 0, 0
-        while first < len(blocks) * layers:
-            count = min(self.room(link, first), len(blocks) * layers - first)
-            wanted = select_items(targets, first, count, layers)
-            ticket = self.wait(link.channel.push(select_items(sources, first, count, layers), wanted, fence))
+        cursor, moved = Cursor(self.memory.layers), 0
+        while cursor.block < len(blocks):
+            num_blocks = cursor.num_open or len(blocks) - cursor.block
+            part = Part(cursor.block, *self.room(link, num_blocks, cursor.layer, fence))
+            wanted = part.of(targets)
+            ticket = self.wait(link.channel.push(part.of(sources), wanted, fence))
             assert not ticket.error
             if ticket.slot is not None:
                 assert self.target.read(link.number, ticket.slot, wanted) == ticket.size_bytes
                 link.channel.release(ticket.slot)
-            first, moved = first + count, moved + ticket.size_bytes
+            cursor.pass_by(part)
+            moved += ticket.size_bytes
         return moved
 
 
@@ -172,8 +180,8 @@ def test_two_d_workers_get_what_is_theirs_and_one_that_leaves_disturbs_nobody(pa
 def test_what_was_pushed_is_what_was_there_when_it_was_pushed(pair: Pair) -> None:
     link = pair.connect()
     expected = {name: block_of(tensor, 4).cpu().clone() for name, tensor in pair.source.items()}
-    wanted = select_items([4], 0, pair.memory.layers, pair.memory.layers)
-    assert pair.room(link, 0) >= wanted.count
+    wanted = Items([4], pair.layers)
+    assert pair.room(link) == Extent(1, pair.layers)
     ticket = link.channel.push(wanted, wanted, pair.senders.fence())
     pair.senders.quiesce()  # what follows on the compute stream runs behind the push
     for tensor in pair.source.values():
@@ -208,22 +216,22 @@ def test_a_revoked_p_writes_nothing_more(pair: Pair) -> None:
 
 def test_a_slot_has_one_owner_until_it_is_given_back(pair: Pair) -> None:
     first, second = pair.connect(), pair.connect()
-    pair.room(first, 0)
-    item = select_items([0], 0, pair.memory.layers, pair.memory.layers)
+    pair.room(first)
+    item, room = Items([0], pair.layers), (1, 0, pair.senders.fence())
     slots: list[int | None] = []
-    while len(slots) < 10 and first.channel.room(0):
+    while len(slots) < 10 and first.channel.room(*room):
         slots.append(pair.wait(first.channel.push(item, item, pair.senders.fence())).slot)
     if slots[0] is None:
         pytest.skip("no slots")
     share = 4 if pair.memory.transport == "nccl" else 2  # whose slots are the pair's own, none of another peer's
     assert len(slots) == len(set(slots)) == share, "a peer's share is bounded"
-    assert pair.room(second, 0), "and leaves room for others"
+    assert pair.room(second), "and leaves room for others"
     for slot in slots:
         assert slot is not None
         second.channel.release(slot)
-    assert not first.channel.room(0), "nobody gives back what isn't his"
+    assert not first.channel.room(*room), "nobody gives back what isn't his"
     first.channel.close()
-    assert pair.room(pair.connect(), 0)
+    assert pair.room(pair.connect())
 
 
 @pytest.mark.parametrize("slot", [-1, 4, 1 << 40])
@@ -232,7 +240,7 @@ def test_a_slot_that_is_none_is_an_error(pair: Pair, slot: int) -> None:
     if pair.memory.transport == "tcp" and slot >= 0:
         pytest.skip("its bytes may still come")
     with pytest.raises(TransferError, match=r"isn't lent|has no slots|outside the staging"):
-        pair.target.read(link.number, slot, select_items([0], 0, 1, pair.memory.layers))
+        pair.target.read(link.number, slot, Items([0], range(1)))
 
 
 def test_many_reconnects_leave_nothing_behind(pair: Pair) -> None:

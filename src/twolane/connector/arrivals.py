@@ -32,11 +32,9 @@ class Arrivals:
     """Mutable state: open transfers, what is over but not reported, what is reported but not computed with, and which
     forecasts count for nothing."""
 
-    def __init__(
-        self, block_size: int, items_per_block: int, head_start_s: float, counters: Counters, story: Story
-    ) -> None:
+    def __init__(self, block_size: int, num_layers: int, head_start_s: float, counters: Counters, story: Story) -> None:
         self._block_size = block_size
-        self._items_per_block = items_per_block
+        self._num_layers = num_layers
         self._head_start_s = head_start_s
         self._counters = counters
         self._story = story
@@ -53,7 +51,7 @@ class Arrivals:
         announce = Announce(
             receive.transfer_id, receive.num_tokens, receive.first_block, receive.block_ids, receive.digest
         )
-        sizes = (self._items_per_block, self._block_size)
+        sizes = (self._num_layers, self._block_size)
         incoming = Incoming(receive.req_id, announce, address, *sizes, progress_at_s=now_s, story=receive.story)
         self._story.note(incoming, "allocated")
         if receive.transfer_id in self._open:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from twolane.connector.numbering import Numbering
-from twolane.connector.transport.base import Fence, Items, SendChannel, SendTransports, Ticket
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, SendChannel, SendTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import Hello, Identity, KVFormat, Mismatch, Refused, ToDecode, ToPrefill, Welcome
 
@@ -38,9 +38,9 @@ class DecodePeer:
     lent: dict[int, float] = field(default_factory=dict)  # slot -> since when, oldest first
     numbering: Numbering = field(default_factory=Numbering)
 
-    def room(self, first_item: int) -> int:
-        """How many items from `first_item` on one push may hold now."""
-        return self.channel.room(first_item) if self.channel is not None else 0
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
+        """See SendChannel."""
+        return self.channel.room(num_blocks, first_layer, fence) if self.channel is not None else NO_ROOM
 
     def push(self, sources: Items, targets: Items, fence: Fence, now_s: float) -> Ticket:
         """Where there is room. A slot is lent until D gives it back."""

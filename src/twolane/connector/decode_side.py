@@ -15,7 +15,7 @@ from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
 from twolane.connector.transfer import Incoming, IncomingState
-from twolane.connector.transport.base import ReceiveTransports, Ticket, select_items
+from twolane.connector.transport.base import ReceiveTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import (
     Abort,
@@ -43,7 +43,6 @@ class DecodeSide:
         settings: ConnectorSettings,
         me: Identity,
         kv_format: KVFormat,
-        items_per_block: int,
         rank: int,
         transports: ReceiveTransports,
         links: Links,
@@ -51,13 +50,12 @@ class DecodeSide:
     ) -> None:
         self._counters = Counters()
         self._settings = settings
-        self._items_per_block = items_per_block
         self._layer_bytes = [pieces * size_bytes for pieces, size_bytes in kv_format.regions]
         self._rank = rank
         self._transports = transports
         self._story = story
         self.arrivals = Arrivals(
-            kv_format.block_size, items_per_block, settings.head_start_ms / 1e3, self._counters, story
+            kv_format.block_size, len(kv_format.regions), settings.head_start_ms / 1e3, self._counters, story
         )
         self._peers = PrefillPeers(me, kv_format, transports, links)
         self._gates: list[tuple[Incoming, Ticket]] = []  # announced once the passes launched before it are through
@@ -245,16 +243,13 @@ class DecodeSide:
             incoming.broken()
             self._end(incoming, Cause.PROTOCOL, error, now_s)
             return
-        self._counters.kv_received_bytes += self._size_bytes(read)
-        incoming.landed(read.items, now_s)
-        if read.items.first == 0:
+        self._counters.kv_received_bytes += read.part.size_bytes(self._layer_bytes)
+        incoming.has_landed(read.part, now_s)
+        if read.part.is_first:
             self._counters.kv_first_block_seconds.append(now_s - incoming.announced_at_s)
         if incoming.state is IncomingState.LANDED and peer.is_same_host and read.computed_at_s:
             self._counters.kv_computed_to_landed_seconds.append(now_s - read.computed_at_s)
         self._close_if_over(incoming)
-
-    def _size_bytes(self, read: Read) -> int:
-        return select_items([], read.items.first, read.items.count, self._items_per_block).size_bytes(self._layer_bytes)
 
     def tick(self, now_s: float) -> None:
         """Deadlines, and words to those who are silent."""

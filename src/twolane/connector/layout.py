@@ -41,12 +41,13 @@ class KVLayout:
     regions: tuple[Region, ...]
 
     @property
-    def items_per_block(self) -> int:
-        return len(self.regions)
+    def layer_bytes(self) -> list[int]:
+        """Of one block, layer by layer."""
+        return [region.item_bytes for region in self.regions]
 
     @property
     def max_item_bytes(self) -> int:
-        return max(region.item_bytes for region in self.regions)
+        return max(self.layer_bytes)
 
     def signature(self) -> list[tuple[int, int]]:
         """What the other side must have too: per layer (pieces a block, bytes a piece)."""

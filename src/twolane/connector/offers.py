@@ -28,9 +28,9 @@ class Offers:
     What has ended is remembered for `memory_s`, so that a late word about it gets an answer instead of a wait.
     """
 
-    def __init__(self, block_size: int, items_per_block: int, memory_s: float) -> None:
+    def __init__(self, block_size: int, num_layers: int, memory_s: float) -> None:
         self._block_size = block_size
-        self._items_per_block = items_per_block
+        self._num_layers = num_layers
         self._memory_s = memory_s
         self._by_req: dict[str, Outgoing] = {}
         self._by_id: dict[str, Outgoing] = {}
@@ -40,7 +40,7 @@ class Offers:
 
     def add(self, offer: Offer) -> tuple[Outgoing, Early | None]:
         """A request came in. Returns its transfer, ended already if nobody wants it, and the announce that waits."""
-        sizes = (self._block_size, self._items_per_block)
+        sizes = (self._block_size, self._num_layers)
         outgoing = Outgoing(offer.req_id, offer.transfer_id, offer.digest, *sizes, offer.story)
         self._by_req[offer.req_id] = outgoing
         if offer.transfer_id in self._by_id:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from twolane.connector.agent import logger
 from twolane.connector.numbering import Numbering
-from twolane.connector.transfer import Incoming, IncomingState, ItemRange
+from twolane.connector.transfer import Incoming, IncomingState, Part
 from twolane.connector.transport.base import ReceiveChannel, ReceiveTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import Cancel, Hello, Identity, KVFormat, Ping, Push, ToDecode, ToPrefill, Welcome
@@ -42,7 +42,7 @@ class Read:
     """A copy from a slot that was begun."""
 
     incoming: Incoming | None  # None: thrown away
-    items: ItemRange
+    part: Part
     ticket: Ticket
     computed_at_s: float  # see protocol.Push
 
@@ -65,18 +65,19 @@ class PrefillPeer:
 
     def begin_read(self, push: Push) -> None:
         """Of a push that nobody waits for the bytes are thrown away. Raises TransferError where messages were lost."""
-        items, incoming = ItemRange(push.first_item, push.num_items), self.transfers.get(push.transfer_id)
+        layers = range(push.first_layer, push.first_layer + push.num_layers)
+        part, incoming = Part(push.first_block, push.num_blocks, layers), self.transfers.get(push.transfer_id)
         ticket = Ticket(0, slot=push.slot, done=True)
         if incoming is None or incoming.state is not IncomingState.WAITING:
             incoming = None
             if push.slot is not None:
                 self.channel.discard(push.slot)
         else:
-            targets = incoming.targets(items)
+            targets = incoming.targets(part)
             if push.slot is not None:
                 ticket = self.channel.read(push.slot, targets)
-            incoming.begun(items)
-        self.reads.append(Read(incoming, items, ticket, push.computed_at_s))
+            incoming.begun(part)
+        self.reads.append(Read(incoming, part, ticket, push.computed_at_s))
 
     def take_reads(self) -> list[Read]:
         """Those that are done. Pushes are answered in the order they came, since a Credit gives back the slots before

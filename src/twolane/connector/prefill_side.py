@@ -16,7 +16,7 @@ from twolane.connector.plan import Advance, Offer, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
-from twolane.connector.transfer import Computing, ItemRange, Outgoing
+from twolane.connector.transfer import Computing, Outgoing, Part
 from twolane.connector.transport.base import SendTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import (
@@ -43,7 +43,7 @@ class Flight:
     """A push that was begun."""
 
     outgoing: Outgoing
-    items: ItemRange
+    part: Part
     ticket: Ticket
 
 
@@ -55,7 +55,6 @@ class PrefillSide:
         settings: ConnectorSettings,
         me: Identity,
         kv_format: KVFormat,
-        items_per_block: int,
         transports: SendTransports,
         links: Links,
         story: Story,
@@ -64,7 +63,7 @@ class PrefillSide:
         self._settings = settings
         self._transports = transports
         self._story = story
-        self._offers = Offers(kv_format.block_size, items_per_block, settings.lease_s)
+        self._offers = Offers(kv_format.block_size, len(kv_format.regions), settings.lease_s)
         self._peers = DecodePeers(me, kv_format, transports, links)
         self._flights: list[Flight] = []
         self._farewells: list[tuple[Outgoing, bytes, str]] = []  # (transfer, peer, reason): Abort once nothing flies
@@ -251,24 +250,22 @@ class PrefillSide:
     def push_next(self, now_s: float) -> bool:
         """Begins one push, of the transfer that waited longest: a long prompt doesn't hold up a short one. False when
         there is nothing to send or no room for it."""
-        ready = [one for one in self._offers.all() if one.next_push(1)]
+        ready = [one for one in self._offers.all() if one.is_ready]
         if self._settings.fault == "false_soon":
             ready = [one for one in ready if now_s > one.told_soon_s + FALSE_BY_S]
         for outgoing in sorted(ready, key=lambda one: one.turn):
             known = self._peers.get(outgoing.peer)
-            if known is not None and (room := known.room(outgoing.next_item)):
-                self._push(outgoing, known, room, now_s)
+            if known is not None and (extent := known.room(*outgoing.next_size(), outgoing.push_fence)):
+                self._push(outgoing, known, outgoing.next_part(extent), now_s)
                 return True
         return False
 
-    def _push(self, outgoing: Outgoing, known: DecodePeer, room: int, now_s: float) -> None:
-        items = outgoing.next_push(room)
-        assert items is not None
-        ticket = known.push(outgoing.sources(items), outgoing.targets(items), outgoing.fence, now_s)
+    def _push(self, outgoing: Outgoing, known: DecodePeer, part: Part, now_s: float) -> None:
+        ticket = known.push(outgoing.sources(part), outgoing.targets(part), outgoing.push_fence, now_s)
         self._turn += 1
         outgoing.turn = self._turn
-        outgoing.begun(items)
-        self._flights.append(Flight(outgoing, items, ticket))
+        outgoing.begun(part)
+        self._flights.append(Flight(outgoing, part, ticket))
 
     def settle(self, now_s: float) -> None:
         """Tells D of pushes that are done, and of transfers that are over."""
@@ -287,13 +284,13 @@ class PrefillSide:
                 self._peers.say(peer, Abort(outgoing.transfer_id, reason))
 
     def _arrived(self, flight: Flight, now_s: float) -> None:
-        outgoing, items, ticket = flight.outgoing, flight.items, flight.ticket
+        outgoing, part, ticket = flight.outgoing, flight.part, flight.ticket
         computed_at_s = ticket.ready_at_s or outgoing.computed_at_s
         if ticket.error or self._peers.get(outgoing.peer) is None:
             self._give_up(outgoing, Cause.ABORTED, ticket.error or "the decode instance is gone")
         else:
             self._counters.kv_sent_bytes += ticket.size_bytes
-            push = Push(outgoing.transfer_id, items.first, items.count, ticket.slot, computed_at_s)
+            push = Push(outgoing.transfer_id, *part.on_the_wire, ticket.slot, computed_at_s)
             self._peers.say(outgoing.peer, push)
         was_open = outgoing.ended is None
         outgoing.done()

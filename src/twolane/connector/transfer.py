@@ -20,21 +20,58 @@ import enum
 from dataclasses import dataclass, field
 
 from twolane.connector.stats import Cause
-from twolane.connector.transport.base import Fence, Items, select_items
+from twolane.connector.transport.base import Extent, Fence, Items
 from twolane.errors import TransferError
 from twolane.protocol import Announce
 
 
 @dataclass(frozen=True)
-class ItemRange:
-    """Items [first, first + count) of a transfer; see protocol.Push."""
+class Part:
+    """Some layers of some blocks of a transfer, which are numbered from the first announced; see protocol.Push."""
 
-    first: int
-    count: int
+    first_block: int
+    num_blocks: int
+    layers: range
 
     @property
-    def end(self) -> int:
-        return self.first + self.count
+    def is_first(self) -> bool:
+        return self.first_block == 0 and self.layers.start == 0
+
+    @property
+    def on_the_wire(self) -> tuple[int, int, int, int]:
+        """As in protocol.Push."""
+        return self.first_block, self.num_blocks, self.layers.start, len(self.layers)
+
+    def size_bytes(self, layer_bytes: list[int]) -> int:
+        """`layer_bytes`: of one block, layer by layer."""
+        return self.num_blocks * sum(layer_bytes[self.layers.start : self.layers.stop])
+
+    def of(self, block_ids: list[int]) -> Items:
+        return Items(block_ids[self.first_block : self.first_block + self.num_blocks], self.layers)
+
+
+@dataclass
+class Cursor:
+    """How far a transfer has come: past all layers of the blocks before `block`, and past the layers before `layer` of
+    the `num_open` blocks from there on."""
+
+    num_layers: int
+    block: int = 0
+    num_open: int = 0
+    layer: int = 0
+
+    def is_at(self, part: Part) -> bool:
+        """Whether that comes next."""
+        if (part.first_block, part.layers.start) != (self.block, self.layer):
+            return False
+        is_right_size = part.num_blocks == self.num_open if self.layer else part.num_blocks > 0
+        return is_right_size and self.layer < part.layers.stop <= self.num_layers
+
+    def pass_by(self, part: Part) -> None:
+        if part.layers.stop == self.num_layers:
+            self.block, self.num_open, self.layer = self.block + part.num_blocks, 0, 0
+        else:
+            self.num_open, self.layer = part.num_blocks, part.layers.stop
 
 
 @dataclass(frozen=True)
@@ -54,7 +91,7 @@ class Outgoing:
     transfer_id: str
     digest: bytes
     block_size: int
-    items_per_block: int
+    num_layers: int
     story: bool = False  # see protocol.HandoffParams
     block_ids: list[int] = field(default_factory=list)
     num_valid_tokens: int = 0
@@ -64,11 +101,15 @@ class Outgoing:
     fence: Fence = field(default_factory=Fence)  # behind which the last of them are
     announce: Announce | None = None
     peer: bytes | None = None  # whose announce it is
-    next_item: int = 0  # the first that no push was begun for
+    cursor: Cursor = field(init=False)  # up to where pushes were begun
+    open_fence: Fence | None = None  # behind which the cursor's open blocks are
     in_flight: int = 0  # pushes begun and not done: they read the blocks
     turn: int = 0  # when it last began a push; who waited longest goes first
     done_at_s: float | None = None  # the request ended and its prompt was computed
     ended: str | None = None  # why nothing more will be sent; "" for success
+
+    def __post_init__(self) -> None:
+        self.cursor = Cursor(self.num_layers)
 
     # -- events
 
@@ -77,12 +118,15 @@ class Outgoing:
         self.block_ids = list(block_ids) if replace else self.block_ids + block_ids
         self.num_valid_tokens = num_valid_tokens
         self.fence = fence
+        if replace:
+            self.open_fence = None
 
     def retract(self) -> None:
         """The request was preempted: its blocks belong to others now. What was sent stays sent; what is in flight is
         read before others write (SendTransports.quiesce)."""
         self.block_ids = []
         self.num_valid_tokens = 0
+        self.open_fence = None
 
     def accept(self, announce: Announce, peer: bytes) -> None:
         """D asks for its blocks. Raises TransferError where the two sides don't speak of the same prompt."""
@@ -101,15 +145,17 @@ class Outgoing:
         """The request ended on P with its whole prompt computed: the lease begins."""
         self.done_at_s = now_s
 
-    def begun(self, push: ItemRange) -> None:
-        """The items are being read from P's blocks."""
-        self.next_item = push.end
+    def begun(self, part: Part) -> None:
+        """It is being read from P's blocks."""
+        fence = self.push_fence
+        self.cursor.pass_by(part)
+        self.open_fence = fence if self.cursor.layer else None
         self.in_flight += 1
 
     def done(self) -> None:
         """A push was read to its end, or failed."""
         self.in_flight -= 1
-        if self.announce is not None and self.in_flight == 0 and self.next_item == self.num_items:
+        if self.announce is not None and self.in_flight == 0 and self.cursor.block == self.num_blocks:
             self.end("")
 
     def end(self, reason: str) -> None:
@@ -118,38 +164,54 @@ class Outgoing:
 
     # -- decisions
 
-    def next_push(self, max_items: int) -> ItemRange | None:
-        """What can be sent now: items whose blocks are final. A block is final when all slots D needs are valid."""
+    def next_size(self) -> tuple[int, int]:
+        """Of how many blocks from the cursor on, and from which layer, the next part can be sent now: of those that are
+        final. A block is final when all slots D needs are valid."""
         if self.ended is not None or self.announce is None:
-            return None
-        count = min(self._final_items(self.num_valid_tokens) - self.next_item, max_items)
-        return ItemRange(self.next_item, count) if count > 0 else None
+            return 0, 0
+        num_final, open_ = self._num_final(self.num_valid_tokens) - self.cursor.block, self.cursor.num_open
+        if num_final < open_:
+            return 0, 0
+        return open_ or num_final, self.cursor.layer
 
-    def _final_items(self, num_valid_tokens: int) -> int:
-        """How many items of the announced blocks, from the first, hold all that D needs of them, with so many valid
+    @property
+    def is_ready(self) -> bool:
+        """Whether something can be sent now."""
+        return self.next_size()[0] > 0
+
+    def _num_final(self, num_valid_tokens: int) -> int:
+        """How many of the announced blocks, from the first, hold all that D needs of them, with so many valid
         tokens."""
         assert self.announce is not None
         if num_valid_tokens >= self.announce.num_tokens:
-            return self.num_items
-        return max(0, num_valid_tokens // self.block_size - self.announce.first_block) * self.items_per_block
+            return self.num_blocks
+        return max(0, num_valid_tokens // self.block_size - self.announce.first_block)
 
-    def sources(self, push: ItemRange) -> Items:
+    @property
+    def push_fence(self) -> Fence:
+        """Behind which the next part is."""
+        return self.open_fence or self.fence
+
+    def next_part(self, extent: Extent) -> Part:
+        """That much from the cursor on."""
+        return Part(self.cursor.block, *extent)
+
+    def sources(self, part: Part) -> Items:
         """In P's blocks."""
         assert self.announce is not None
-        block_ids = self.block_ids[self.announce.first_block :]
-        return select_items(block_ids, push.first, push.count, self.items_per_block)
+        return part.of(self.block_ids[self.announce.first_block :])
 
-    def targets(self, push: ItemRange) -> Items:
+    def targets(self, part: Part) -> Items:
         """In D's blocks."""
         assert self.announce is not None
-        return select_items(self.announce.block_ids, push.first, push.count, self.items_per_block)
+        return part.of(self.announce.block_ids)
 
     def ends_with(self, number: int) -> bool:
         """Whether that forward pass computes the last of what D needs, and a push of all else was begun."""
         one = self.computing
         if self.announce is None or self.ended is not None or one is None or one.number != number:
             return False
-        return one.num_after >= self.announce.num_tokens and self.next_item >= self._final_items(one.num_before)
+        return one.num_after >= self.announce.num_tokens and self.cursor.block >= self._num_final(one.num_before)
 
     def lease_over(self, now_s: float, last_word_s: float, lease_s: float) -> bool:
         """Whether blocks were held for `lease_s` since the request ended and since D's last word."""
@@ -163,8 +225,8 @@ class Outgoing:
         return self.ended is not None and self.in_flight == 0
 
     @property
-    def num_items(self) -> int:
-        return len(self.announce.block_ids) * self.items_per_block if self.announce is not None else 0
+    def num_blocks(self) -> int:
+        return len(self.announce.block_ids) if self.announce is not None else 0
 
     @property
     def num_tokens(self) -> int:
@@ -184,12 +246,12 @@ class IncomingState(enum.Enum):
 
 @dataclass
 class Incoming:
-    """D's side of a transfer. Items are begun and land in order, so that one number tells what is there."""
+    """D's side of a transfer. Parts are begun and land in order, so that a cursor tells what is there."""
 
     req_id: str
     announce: Announce
     address: str  # P's control address, same rank
-    items_per_block: int
+    num_layers: int
     block_size: int
     progress_at_s: float
     story: bool = False  # see protocol.HandoffParams
@@ -197,21 +259,24 @@ class Incoming:
     expected_at_s: float = 0.0  # P's forecast of the end; 0: none
     told_soon: bool = False  # the engine was told of it
     state: IncomingState = IncomingState.ALLOCATED
-    next_item: int = 0  # the first that no read was begun for
-    landed_items: int = 0
+    cursor: Cursor = field(init=False)  # up to where reads were begun
+    landed: Cursor = field(init=False)
     in_flight: int = 0  # reads begun and not done: they write the blocks
     is_fenced: bool = False  # P can't write (any more)
     is_dropped: bool = False  # nobody waits for it: neither a success nor a failure
     cause: Cause | None = None
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        self.cursor, self.landed = Cursor(self.num_layers), Cursor(self.num_layers)
+
     @property
     def transfer_id(self) -> str:
         return self.announce.transfer_id
 
     @property
-    def num_items(self) -> int:
-        return len(self.announce.block_ids) * self.items_per_block
+    def num_blocks(self) -> int:
+        return len(self.announce.block_ids)
 
     # -- events
 
@@ -220,25 +285,23 @@ class Incoming:
         self.state, self.progress_at_s = IncomingState.WAITING, now_s
         self.announced_at_s = now_s
 
-    def targets(self, push: ItemRange) -> Items:
+    def targets(self, part: Part) -> Items:
         """In D's blocks. Raises TransferError on a gap, a repetition or an overrun."""
-        if push.first != self.next_item or push.count < 1 or push.end > self.num_items:
-            raise TransferError(
-                f"items {push.first}+{push.count} came where {self.next_item} of {self.num_items} were due"
-            )
-        return select_items(self.announce.block_ids, push.first, push.count, self.items_per_block)
+        if not self.cursor.is_at(part) or part.first_block + part.num_blocks > self.num_blocks:
+            raise TransferError(f"{part} came where {self.cursor} of {self.num_blocks} blocks was due")
+        return part.of(self.announce.block_ids)
 
-    def begun(self, push: ItemRange) -> None:
-        """The items are being written to D's blocks."""
-        self.next_item = push.end
+    def begun(self, part: Part) -> None:
+        """It is being written to D's blocks."""
+        self.cursor.pass_by(part)
         self.in_flight += 1
 
-    def landed(self, push: ItemRange, now_s: float) -> None:
-        """The items are in D's blocks."""
+    def has_landed(self, part: Part, now_s: float) -> None:
+        """It is in D's blocks."""
         self.in_flight -= 1
-        self.landed_items = push.end
+        self.landed.pass_by(part)
         self.progress_at_s = now_s
-        if self.state is IncomingState.WAITING and self.landed_items == self.num_items:
+        if self.state is IncomingState.WAITING and self.landed.block == self.num_blocks:
             self.state = IncomingState.LANDED
 
     def broken(self) -> None:
@@ -286,7 +349,7 @@ class Incoming:
 
     def invalid_blocks(self) -> list[int]:
         """Blocks of which not every byte landed: D must compute these itself."""
-        return self.announce.block_ids[self.landed_items // self.items_per_block :]
+        return self.announce.block_ids[self.landed.block :]
 
     @property
     def num_tokens(self) -> int:
@@ -296,6 +359,6 @@ class Incoming:
     @property
     def landed_tokens(self) -> int:
         """Tokens whose KV landed, of those that were asked for."""
-        if self.landed_items == self.num_items:
+        if self.landed.block == self.num_blocks:
             return self.num_tokens
-        return self.landed_items // self.items_per_block * self.block_size
+        return self.landed.block * self.block_size

@@ -14,9 +14,10 @@ that was begun is a Ticket; `poll` marks it done. Tickets of one channel become 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+import itertools
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from twolane.connector.transport.pace import Forecast
 from twolane.protocol import TransportOffer
@@ -26,39 +27,64 @@ Wake = Callable[[], None]  # from any thread: some ticket may be done
 
 @dataclass(frozen=True)
 class Items:
-    """A run of items, block by block, layers inside a block: `count` of them, without the first `skip` of the first
-    block. `blocks`: the ids of all blocks that are touched."""
+    """Some layers of some blocks, `blocks` being their ids; in a slot block by block, layers inside a block."""
 
     blocks: list[int]
-    skip: int
-    count: int
-    num_layers: int
+    layers: range
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """(block id, layer)"""
-        for item in range(self.skip, self.skip + self.count):
-            yield self.blocks[item // self.num_layers], item % self.num_layers
-
-    def size_bytes(self, layer_bytes: list[int]) -> int:
-        """`layer_bytes`: of one item of each layer."""
-        whole, rest = divmod(self.count, self.num_layers)
-        return whole * sum(layer_bytes) + sum(layer_bytes[(self.skip + i) % self.num_layers] for i in range(rest))
+        for block in self.blocks:
+            for layer in self.layers:
+                yield block, layer
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all layers of all blocks are in it."""
-        return self.skip == 0 and self.count == len(self.blocks) * self.num_layers
+    def count(self) -> int:
+        return len(self.blocks) * len(self.layers)
 
-
-def select_items(block_ids: list[int], first: int, count: int, num_layers: int) -> Items:
-    """Items [first, first + count) of a transfer over `block_ids`."""
-    first_block, end_block = first // num_layers, -(-(first + count) // num_layers)
-    return Items(block_ids[first_block:end_block], first % num_layers, count, num_layers)
+    def size_bytes(self, layer_bytes: Sequence[int]) -> int:
+        """`layer_bytes`: of one item of each layer."""
+        return len(self.blocks) * sum(layer_bytes[self.layers.start : self.layers.stop])
 
 
 class Fence:
     """A forward pass that was launched; a push behind it reads what it computes. Transports that must wait for a
     device make their own; this one stands for a pass that was over when it was launched."""
+
+    def is_over(self) -> bool:
+        return True
+
+
+class Extent(NamedTuple):
+    """How many blocks, and which of their layers. False where that is nothing."""
+
+    num_blocks: int
+    layers: range
+
+    def __bool__(self) -> bool:
+        return self.num_blocks > 0 and len(self.layers) > 0
+
+
+NO_ROOM = Extent(0, range(0))
+
+
+def extent_of_slot(
+    layer_bytes: Sequence[int], slot_bytes: int, num_blocks: int, first_layer: int, fence: Fence
+) -> Extent:
+    """What a slot holds of `num_blocks` blocks whose layers before `first_layer` have gone.
+
+    Whole blocks, and of a block larger than a slot some layers. While the fence's pass computes: some layers of as many
+    blocks as possible instead, so that they can go before the next are computed. What was begun so goes on so.
+    """
+    if first_layer == 0 and fence.is_over():
+        if whole := slot_bytes // sum(layer_bytes):
+            return Extent(min(whole, num_blocks), range(len(layer_bytes)))
+        num_blocks = 1
+    elif first_layer == 0:
+        num_blocks = min(num_blocks, slot_bytes // max(layer_bytes))
+    ends = itertools.accumulate(layer_bytes[first_layer:])
+    num_layers = sum(1 for end in ends if end * num_blocks <= slot_bytes)
+    return Extent(num_blocks, range(first_layer, first_layer + num_layers))
 
 
 @dataclass(eq=False)
@@ -89,12 +115,13 @@ class SendChannel(Protocol):
         """Why nothing can be pushed any more, though D may live; D has to connect anew. Empty: it can."""
         ...
 
-    def room(self, first_item: int) -> int:
-        """How many items from `first_item` on one push may hold now; 0: none until a slot comes back."""
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
+        """What one push may hold now of `num_blocks` blocks behind the fence, whose layers before `first_layer` have
+        gone; see extent_of_slot. NO_ROOM: nothing until a slot comes back."""
         ...
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
-        """Begins to move P's `sources` to D's `targets` (as many, at most `room`), behind the fence."""
+        """Begins to move P's `sources` to D's `targets`, as much as `room` said, behind the fence."""
         ...
 
     def release(self, slot: int) -> None:

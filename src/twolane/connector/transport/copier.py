@@ -29,10 +29,6 @@ class Copier(Protocol):
 
     def passes(self) -> Ticket: ...
 
-    def capacity(self, slot_bytes: int, first_item: int) -> int:
-        """How many items from `first_item` on fit into a slot."""
-        ...
-
     def pin(self, address: int, size_bytes: int) -> None:
         """Announces memory of slots that the device may read and write; until `unpin`."""
         ...
@@ -88,14 +84,6 @@ class HostCopier:
 
     def passes(self) -> Ticket:
         return Ticket(0, done=True)
-
-    def capacity(self, slot_bytes: int, first_item: int) -> int:
-        used, items = 0, 0
-        while True:
-            used += self._regions[(first_item + items) % len(self._regions)].item_bytes
-            if used > slot_bytes:
-                return items
-            items += 1
 
     def pin(self, address: int, size_bytes: int) -> None: ...
 

@@ -25,15 +25,15 @@ class FrameError(Exception):
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
-    """Bytes [offset, offset + size) of a loan of `total` bytes, which holds `num_items` items, without the first `skip`
-    of its first block. `crc`: of these bytes."""
+    """Bytes [offset, offset + size) of a loan of `total` bytes, which holds `num_items` items, from `first_layer` on.
+    `crc`: of these bytes."""
 
     loan: Count
     offset: Count
     size: Positive
     total: Positive
     num_items: Positive
-    skip: Count
+    first_layer: Count
     crc: Count
 
 

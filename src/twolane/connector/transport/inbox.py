@@ -19,7 +19,7 @@ class Size:
 
     total: int
     num_items: int
-    skip: int
+    first_layer: int
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Inbox:
             return None
         if loan is None:
             loan = self._begin(head)
-        if (head.total, head.num_items, head.skip) != (loan.size.total, loan.size.num_items, loan.size.skip):
+        if Size(head.total, head.num_items, head.first_layer) != loan.size:
             raise FrameError(f"loan {head.loan} has another size than before")
         if head.offset != loan.received or head.offset + head.size > head.total:
             raise FrameError(f"bytes {head.offset}+{head.size} of {head.total} came where {loan.received} were due")
         return loan.slot
 
     def _begin(self, head: Head) -> Loan:
-        size = Size(head.total, head.num_items, head.skip)
+        size = Size(head.total, head.num_items, head.first_layer)
         if size.total > self._slot_bytes:
             raise FrameError(f"a loan of {size.total} bytes, where a slot has {self._slot_bytes}")
         if self._wanted.get(head.loan, size) != size:

@@ -22,7 +22,7 @@ import msgspec
 
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.connector.transport.slots import Slots, page_aligned
@@ -57,7 +57,9 @@ class ShmSend(SendWay):
     ) -> None:
         self._copier = copier
         self._zero = zero
-        self._slot_bytes = page_aligned(max(slot_bytes or copier.slot_bytes, layout.max_item_bytes))
+        self.layer_bytes = layout.layer_bytes
+        self.room_bytes = max(slot_bytes or copier.slot_bytes, layout.max_item_bytes)
+        self._slot_bytes = page_aligned(self.room_bytes)
         if num_slots > _MAX_SLOTS:
             raise ConfigError(f"num_slots {num_slots}: at most {_MAX_SLOTS} can be. Raise slot_bytes instead.")
         self.slots = Slots(num_slots)
@@ -86,9 +88,6 @@ class ShmSend(SendWay):
     @property
     def free_slots(self) -> int:
         return self.slots.num_free
-
-    def capacity(self, first_item: int) -> int:
-        return self._copier.capacity(self._slot_bytes, first_item)
 
     def lend(self, index: int, channel: ShmSendChannel, items: Items, fence: Fence) -> Ticket:
         """Begins to copy into the slot."""
@@ -119,8 +118,11 @@ class ShmSendChannel:
     def __init__(self, arena: ShmSend) -> None:
         self._arena = arena
 
-    def room(self, first_item: int) -> int:
-        return 0 if self._arena.slots.next_free(self) is None else self._arena.capacity(first_item)
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
+        if self._arena.slots.next_free(self) is None:
+            return NO_ROOM
+        sizes = self._arena.layer_bytes, self._arena.room_bytes
+        return extent_of_slot(*sizes, num_blocks, first_layer, fence)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
         slot = self._arena.slots.next_free(self)
@@ -193,7 +195,7 @@ class ShmReceiveHalf(ReceiveHalf):
     def read(self, slot: int, items: Items) -> Ticket:
         if not self._is_lent(slot):
             raise TransferError(f"slot {slot} isn't lent to us (any more)")
-        if sum(self._layout.regions[layer].item_bytes for _, layer in items) > self._slot_bytes:
+        if items.size_bytes(self._layout.layer_bytes) > self._slot_bytes:
             raise TransferError(f"a push of {items.count} items is larger than its slot")
         index = slot % self._num_slots
         ticket = self._copier.scatter(self._base + _HEADER_BYTES + index * self._slot_bytes, items)

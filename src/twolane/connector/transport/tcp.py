@@ -18,7 +18,7 @@ import zmq
 
 from twolane.connector.layout import KVLayout
 from twolane.connector.settings import ConnectorSettings, keys_of
-from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.data_sockets import (
     DataServer,
@@ -37,7 +37,7 @@ from twolane.connector.transport.frames import (
 )
 from twolane.connector.transport.hub import SendWay
 from twolane.connector.transport.slots import Slots, Staging
-from twolane.errors import ConfigError, TransferError
+from twolane.errors import TransferError
 
 
 class Room(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ def tcp_send(
         return ZmqServer(settings.host, settings.peer_timeout_s, poller, keys)
 
     slot_bytes = max(settings.slot_bytes or copier.slot_bytes, layout.max_item_bytes)
-    return TcpSend(copier, serve, slot_bytes=slot_bytes, num_slots=settings.num_slots, zero=zero)
+    return TcpSend(copier, serve, layout.layer_bytes, slot_bytes=slot_bytes, num_slots=settings.num_slots, zero=zero)
 
 
 class TcpSend(SendWay):
@@ -77,6 +77,7 @@ class TcpSend(SendWay):
         self,
         copier: Copier,
         serve: Callable[[], DataServer],
+        layer_bytes: list[int],
         *,
         slot_bytes: int,
         num_slots: int,
@@ -84,6 +85,7 @@ class TcpSend(SendWay):
         zero: bool = False,
     ) -> None:
         self.copier = copier
+        self.layer_bytes = layer_bytes
         self.chunk_bytes = chunk_bytes
         self.slots = Slots(num_slots)
         self.zero = zero
@@ -111,11 +113,7 @@ class TcpSend(SendWay):
         return channel, msgspec.to_builtins(invitation, builtin_types=(bytes,))
 
     def _check_fits(self, slot_bytes: int) -> None:
-        try:
-            fits = self.copier.capacity(slot_bytes, 0) > 0
-        except ConfigError as error:
-            raise TransferError(str(error)) from error
-        if not fits:
+        if slot_bytes < max(self.layer_bytes):
             raise TransferError(f"the decode worker's slots of {slot_bytes} bytes hold nothing: raise its slot_bytes")
 
     @property
@@ -173,13 +171,14 @@ class TcpSendChannel:
     def error(self) -> str:
         return self._line.error
 
-    def room(self, first_item: int) -> int:
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
         if not self._line.is_joined:
             self._way.poll()
         can = self._line.is_joined and self._way.slots.next_free(self, self._room.num_slots) is not None
         if not can and not self._line.error:  # an error is for `push` to say
-            return 0
-        return self._way.copier.capacity(self._room.slot_bytes, first_item)
+            return NO_ROOM
+        sizes = self._way.layer_bytes, self._room.slot_bytes
+        return extent_of_slot(*sizes, num_blocks, first_layer, fence)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
         if self._line.error:
@@ -209,13 +208,13 @@ class TcpSendChannel:
         assert load.ticket.slot is not None
         sent: list[IsSent] = []
         self._way.slots.occupy(load.index, lambda: not all(is_sent() for is_sent in sent))
-        total = load.copied.size_bytes
+        total, items = load.copied.size_bytes, load.items
         for offset in range(0, total, self._way.chunk_bytes):
             size = min(self._way.chunk_bytes, total - offset)
             data = self._way.staging.view(load.index, offset, size)
             if self._way.zero:
                 data[:] = bytes(size)
-            head = Head(load.ticket.slot, offset, size, total, load.items.count, load.items.skip, checksum(data))
+            head = Head(load.ticket.slot, offset, size, total, items.count, items.layers.start, checksum(data))
             sent.append(self._line.send(self._seal.close(head), data))
             if self._line.error:
                 return

@@ -35,7 +35,7 @@ class TcpReceive(ReceiveWay):
     def __init__(
         self, layout: KVLayout, copier: Copier, client: DataClient, *, slot_bytes: int, num_slots: int
     ) -> None:
-        self.layer_bytes = [region.item_bytes for region in layout.regions]
+        self.layer_bytes = layout.layer_bytes
         self.copier = copier
         self.client = client
         self.refused = 0
@@ -118,7 +118,7 @@ class TcpReceiveHalf(ReceiveHalf):
     def read(self, slot: int, items: Items) -> Ticket:
         if self._error:
             raise TransferError(self._error)
-        size = Size(items.size_bytes(self._way.layer_bytes), items.count, items.skip)
+        size = Size(items.size_bytes(self._way.layer_bytes), items.count, items.layers.start)
         if size.total > self._room.slot_bytes:
             raise TransferError(f"a push of {items.count} items is larger than its slot")
         try:

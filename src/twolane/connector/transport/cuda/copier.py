@@ -15,13 +15,12 @@ from twolane.connector.transport.base import Fence, Items, Ticket, Wake
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.kernel import (
     FOLLOWING_PROGRAMS,
-    PlaneTable,
     copy_blocks,
     permit_of,
-    planes_of,
 )
 from twolane.connector.transport.cuda.lane import Job, Lane
 from twolane.connector.transport.cuda.pace_maker import PaceMaker
+from twolane.connector.transport.cuda.planes import PlaneTable, dense_planes, planes_of
 from twolane.connector.transport.pace import Forecast, marks_every
 from twolane.errors import ConfigError
 
@@ -40,6 +39,10 @@ class PassFence(Fence):
 
     def is_over(self) -> bool:
         return bool(self.events[-1].query())
+
+    def behind(self, end_layer: int) -> torch.cuda.Event:
+        """Once it is over, the layers before that one are computed."""
+        return next(event for layers, event in zip(self.layers, self.events, strict=True) if layers >= end_layer)
 
 
 class CudaCopier:
@@ -75,7 +78,7 @@ class CudaCopier:
         self._jobs: list[Job] = []
         self._endings: list[tuple[object, Callable[[], None]]] = []
         self._last_copies: dict[Lane, torch.cuda.Event] = {}
-        self._block_bytes = sum(plane.size_bytes for plane in self.planes.planes)
+        self.layer_bytes = layout.layer_bytes
         self.always = permit_of(0, 0, self.device)
         self._bound = threading.local()
         self._warm_up()
@@ -137,39 +140,57 @@ class CudaCopier:
             self._bound.done = True
 
     def copy(
-        self, owner: object, fence: Fence, sources: list[int], targets: list[int], ticket: Ticket, launch: Launch
+        self, owner: object, fence: Fence, sources: Items, targets: list[int], ticket: Ticket, launch: Launch
     ) -> torch.cuda.Event:
-        """Moves block `sources[i]` to block `targets[i]` by `launch`, a group of layers each time, behind its mark.
+        """Moves `sources` to the same layers of `targets` by `launch`, a group of layers each time, behind its mark.
 
         Returns what is over when all has moved."""
         self.bind()
         lane = self._lane(fence)
         with torch.cuda.stream(lane.stream):
-            block_ids = self.upload(sources, targets)
-            for first, end, event in self._groups(fence, len(sources)):
+            block_ids = self.upload(sources.blocks, targets)
+            for first, end, event in self._groups(fence, sources):
                 lane.stream.wait_event(event)
-                # Layers that others follow may take their time: what they take of the GPU, the forward pass lacks.
-                programs = None if end == self.num_layers else FOLLOWING_PROGRAMS
-                launch(block_ids, self._end_plane[first], self._end_plane[end] - self._end_plane[first], programs)
-        return self._begin(lane, owner, ticket, block_ids, fence)
+                launch(block_ids, *self._planes_of(range(first, end)), self._programs(fence, end))
+        return self._begin(lane, owner, ticket, block_ids, self._mark(fence, sources))
 
     def _lane(self, fence: Fence) -> Lane:
-        assert isinstance(fence, PassFence)
         return self.overtaking if fence.is_over() else self.following
 
-    def _groups(self, fence: Fence, num_blocks: int) -> list[tuple[int, int, torch.cuda.Event]]:
+    @staticmethod
+    def _mark(fence: Fence, items: Items) -> torch.cuda.Event:
+        assert isinstance(fence, PassFence)
+        return fence.behind(items.layers.stop)
+
+    def _programs(self, fence: Fence, end: int) -> int | None:
+        """Layers that others follow may take their time: what they take of the GPU, the forward pass lacks."""
+        return None if end == self.num_layers or fence.is_over() else FOLLOWING_PROGRAMS
+
+    def _planes_of(self, layers: range) -> tuple[int, int]:
+        """The first, and how many."""
+        first, end = self._end_plane[layers.start], self._end_plane[layers.stop]
+        return first, end - first
+
+    def _groups(self, fence: Fence, items: Items) -> list[tuple[int, int, torch.cuda.Event]]:
         """(first layer, end layer, event) of each launch."""
         assert isinstance(fence, PassFence)
-        num_layers = len(self._layer_index)
+        first, last = items.layers.start, items.layers.stop
         if fence.is_over():
-            return [(0, num_layers, fence.events[-1])]
-        groups, first = [], 0
-        for end, event in zip(fence.layers, fence.events, strict=True):
-            layer_bytes = self._block_bytes * num_blocks // num_layers
-            if end == num_layers or (end - first) * layer_bytes >= _MIN_GROUP_BYTES:
+            return [(first, last, fence.events[-1])]
+        groups = []
+        for marked, event in zip(fence.layers, fence.events, strict=True):
+            end = min(marked, last)
+            size_bytes = len(items.blocks) * sum(self.layer_bytes[first:end])
+            if first < end and (end == last or size_bytes >= _MIN_GROUP_BYTES):
                 groups.append((first, end, event))
                 first = end
         return groups
+
+    def dense(self, base: int, items: Items) -> PlaneTable:
+        """These items' planes in a buffer at `base`, on the current stream."""
+        first, num_planes = self._planes_of(items.layers)
+        planes = dense_planes(self.planes.planes, first, first + num_planes, base)
+        return PlaneTable.on_stream(planes, self.device)
 
     def upload(self, sources: list[int], targets: list[int]) -> torch.Tensor:
         assert len(sources) == len(targets)
@@ -177,10 +198,9 @@ class CudaCopier:
         return both.view(2, -1).pin_memory().to(self.device, non_blocking=True)
 
     def _begin(
-        self, lane: Lane, owner: object, ticket: Ticket, keeps: object, fence: Fence | None = None
+        self, lane: Lane, owner: object, ticket: Ticket, keeps: object, ready: torch.cuda.Event | None = None
     ) -> torch.cuda.Event:
         job = self.add_job(ticket, owner, keeps)
-        ready = fence.events[-1] if isinstance(fence, PassFence) else None
         self._last_copies[lane] = lane.finish(job, ready)
         return self._last_copies[lane]
 
@@ -223,16 +243,6 @@ class CudaCopier:
 
     # -- slots in host memory
 
-    def capacity(self, slot_bytes: int, first_item: int) -> int:
-        """Whole blocks only."""
-        return self.blocks_in(slot_bytes) * self.num_layers - first_item % self.num_layers
-
-    def blocks_in(self, slot_bytes: int) -> int:
-        """At least one, or ConfigError."""
-        if slot_bytes < self._block_bytes:
-            raise ConfigError(f"slot_bytes {slot_bytes} holds no block of {self._block_bytes} bytes: raise it.")
-        return slot_bytes // self._block_bytes
-
     def pin(self, address: int, size_bytes: int) -> None:
         self.bind()
         driver.pin(address, size_bytes)
@@ -242,36 +252,51 @@ class CudaCopier:
         driver.unpin(address)
 
     def gather(self, address: int, items: Items, fence: Fence) -> Ticket:
-        assert items.is_whole
-        num_blocks = len(items.blocks)
-        ticket = Ticket(num_blocks * self._block_bytes)
+        ticket = Ticket(items.size_bytes(self.layer_bytes))
         self.bind()
-        lane = self._lane(fence)
+        lane, mark = self._lane(fence), self._mark(fence, items)
         with torch.cuda.stream(lane.stream):
-            dense, base = lane.staging(self.planes.planes, num_blocks)
-            block_ids = self.upload(items.blocks, list(range(num_blocks)))
-            lane.stream.wait_event(fence.events[-1])  # type: ignore[attr-defined]
-            self._launch_all(self.planes, dense, block_ids)
+            base = lane.staging(ticket.size_bytes)
+            dense = self.dense(base, items)
+            block_ids = self.upload(items.blocks, list(range(len(items.blocks))))
+            lane.stream.wait_event(mark)
+            self.launch(self.planes, dense, block_ids, items.layers, self._programs(fence, items.layers.stop))
             driver.copy_to_host(address, base, ticket.size_bytes, lane.stream)
-        self._begin(lane, self, ticket, block_ids, fence)
+        self._begin(lane, self, ticket, (dense, block_ids), mark)
         return ticket
 
     def scatter(self, address: int, items: Items) -> Ticket:
-        assert items.is_whole
-        num_blocks = len(items.blocks)
-        ticket = Ticket(num_blocks * self._block_bytes)
+        ticket = Ticket(items.size_bytes(self.layer_bytes))
         self.bind()
         lane = self.overtaking
         with torch.cuda.stream(lane.stream):
-            dense, base = lane.staging(self.planes.planes, num_blocks)
+            base = lane.staging(ticket.size_bytes)
             driver.copy_from_host(base, address, ticket.size_bytes, lane.stream)
-            block_ids = self.upload(list(range(num_blocks)), items.blocks)
-            self._launch_all(dense, self.planes, block_ids)
-        self._begin(lane, self, ticket, block_ids)
+            dense = self.dense(base, items)
+            block_ids = self.upload(list(range(len(items.blocks))), items.blocks)
+            self.launch(dense, self.planes, block_ids, items.layers)
+        self._begin(lane, self, ticket, (dense, block_ids))
         return ticket
 
-    def _launch_all(self, sources: PlaneTable, targets: PlaneTable, block_ids: torch.Tensor) -> None:
-        copy_blocks(sources, targets, block_ids, first_plane=0, num_planes=len(self.planes.planes), permit=self.always)
+    def launch(
+        self,
+        sources: PlaneTable,
+        targets: PlaneTable,
+        block_ids: torch.Tensor,
+        layers: range,
+        num_programs: int | None = None,
+    ) -> None:
+        """One kernel, on the current stream."""
+        first, num_planes = self._planes_of(layers)
+        copy_blocks(
+            sources,
+            targets,
+            block_ids,
+            first_plane=first,
+            num_planes=num_planes,
+            permit=self.always,
+            num_programs=num_programs,
+        )
 
     def close(self) -> None:
         for lane in (self.following, self.overtaking):

@@ -16,10 +16,11 @@ import torch
 from twolane.connector.agent import logger
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.base import Extent, Fence, Items, Ticket
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
-from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, copy_blocks, permit_of, planes_of
+from twolane.connector.transport.cuda.kernel import copy_blocks, permit_of
+from twolane.connector.transport.cuda.planes import Plane, PlaneTable, planes_of
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
 
@@ -216,15 +217,15 @@ class IpcSendChannel:
             except driver.DriverError as error:
                 logger.warning("memory of a decode worker that is gone stays mapped: %s", error)
 
-    def room(self, first_item: int) -> int:  # noqa: ARG002
-        return _ROOM
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:  # noqa: ARG002
+        """All: the copier follows the layers by itself."""
+        return Extent(num_blocks, range(first_layer, self._copier.num_layers))
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
-        assert sources.is_whole
         assert 0 <= min(targets.blocks) <= max(targets.blocks) < self._num_blocks
         assert 0 <= min(sources.blocks) <= max(sources.blocks) < self._copier.num_blocks
-        ticket = Ticket(len(sources.blocks) * sum(plane.size_bytes for plane in self._sources.planes))
-        self._copier.copy(self, fence, sources.blocks, targets.blocks, ticket, self._launch)
+        ticket = Ticket(sources.size_bytes(self._copier.layer_bytes))
+        self._copier.copy(self, fence, sources, targets.blocks, ticket, self._launch)
         return ticket
 
     def _launch(self, block_ids: torch.Tensor, first_plane: int, num_planes: int, programs: int | None) -> None:

@@ -1,61 +1,21 @@
 """The one kernel of all GPU transports: copies blocks between two paged memories, layer by layer, in one launch.
 
-Source and target are tables of planes. A plane is one piece of one layer: block b of it lies at `base + b * stride`, in
-one run of `size` bytes. A dense buffer is such a memory too: its blocks are numbered from 0 and `stride` apart.
+Source and target are tables of planes, see planes.py.
 """
 
 from __future__ import annotations
-
-import itertools
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from twolane.connector.layout import KVLayout
+from twolane.connector.transport.cuda.planes import PlaneTable
 
 # Enough programs to fill an NVLink (measured, docs/GPU.md), few enough to leave most of the GPU to the forward pass.
 NUM_PROGRAMS = 64
 FOLLOWING_PROGRAMS = 16  # 311 of the 360 GB/s that 64 make, for a quarter of the GPU's time
 _TILE_WORDS = 2048  # 16 KiB a turn and program
 _NUM_WARPS = 8
-
-
-@dataclass(frozen=True)
-class Plane:
-    base: int
-    stride_bytes: int
-    size_bytes: int
-
-
-class PlaneTable:
-    """Planes in device memory: int64 [planes, 3] of (base, stride in bytes, run in 16-byte units)."""
-
-    def __init__(self, planes: list[Plane], device: torch.device) -> None:
-        """Raises ValueError if a plane is not aligned to 16 bytes."""
-        for plane in planes:
-            if plane.base % 16 or plane.stride_bytes % 16 or plane.size_bytes % 16:
-                raise ValueError(f"KV memory is not aligned to 16 bytes: {plane}")
-        rows = [(plane.base, plane.stride_bytes, plane.size_bytes // 16) for plane in planes]
-        self.planes = planes
-        self.tensor = torch.tensor(rows, dtype=torch.int64, device=device)
-
-
-def planes_of(layout: KVLayout) -> list[Plane]:
-    """Layer by layer, the pieces of a layer in order."""
-    return [
-        Plane(region.base + offset, region.stride_bytes, region.piece_bytes)
-        for region in layout.regions
-        for offset in region.piece_offsets
-    ]
-
-
-def dense_planes(planes: list[Plane], base: int) -> list[Plane]:
-    """The same planes in a buffer at `base`, block after block."""
-    stride_bytes = sum(plane.size_bytes for plane in planes)
-    starts = itertools.accumulate((plane.size_bytes for plane in planes), initial=base)
-    return [Plane(start, stride_bytes, plane.size_bytes) for start, plane in zip(starts, planes, strict=False)]
 
 
 @triton.jit(do_not_specialize=["num_blocks", "first_plane", "num_planes"])  # type: ignore[untyped-decorator]

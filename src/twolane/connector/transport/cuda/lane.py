@@ -10,7 +10,6 @@ from queue import SimpleQueue
 import torch
 
 from twolane.connector.transport.base import Ticket, Wake
-from twolane.connector.transport.cuda.kernel import Plane, PlaneTable, dense_planes
 
 
 @dataclass(eq=False)
@@ -64,16 +63,13 @@ class Lane:
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.waiter = Waiter(f"twolane-{name}", device, wake)
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self._dense: PlaneTable | None = None
 
-    def staging(self, planes: list[Plane], num_blocks: int) -> tuple[PlaneTable, int]:
-        """The dense buffer as a paged memory of at least that many blocks, and its address. On this lane's stream, so
-        that a buffer it replaces is kept until the copies before are through."""
-        size_bytes = num_blocks * sum(plane.size_bytes for plane in planes)
-        if self._dense is None or self._buffer.numel() < size_bytes:
+    def staging(self, size_bytes: int) -> int:
+        """Where the dense buffer lies, which has at least that size. On this lane's stream, so that a buffer it
+        replaces is kept until the copies before are through."""
+        if self._buffer.numel() < size_bytes:
             self._buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self._buffer.device)
-            self._dense = PlaneTable(dense_planes(planes, self._buffer.data_ptr()), self._buffer.device)
-        return self._dense, self._buffer.data_ptr()
+        return int(self._buffer.data_ptr())
 
     def finish(self, job: Job, ready: torch.cuda.Event | None) -> torch.cuda.Event:
         """Everything of the job is on the stream."""

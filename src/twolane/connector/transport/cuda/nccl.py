@@ -7,6 +7,7 @@ same number and scatters. Both post in the order of the Push messages. When eith
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -18,12 +19,14 @@ import msgspec
 import torch
 
 from twolane.connector.agent import logger
-from twolane.connector.transport.base import Fence, Items, Ticket
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
-from twolane.connector.transport.cuda.kernel import PlaneTable, copy_blocks, dense_planes
+from twolane.connector.transport.cuda.kernel import copy_blocks
 from twolane.connector.transport.cuda.lane import Waiter
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
+from twolane.connector.transport.cuda.planes import PlaneTable
+from twolane.connector.transport.frames import Positive
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
 
@@ -35,11 +38,11 @@ _MIB = 1 << 20
 
 
 class Meeting(msgspec.Struct, frozen=True):
-    """What D needs to join P's communicator. `num_slots` of `blocks_per_slot` blocks each."""
+    """What D needs to join P's communicator."""
 
     id: bytes
-    num_slots: int
-    blocks_per_slot: int
+    num_slots: Positive
+    slot_bytes: Positive
 
 
 def gpu_identity(device: torch.device) -> str:
@@ -48,23 +51,18 @@ def gpu_identity(device: torch.device) -> str:
 
 
 class Staging:
-    """Slots on the GPU: dense buffers, each a paged memory for the kernel."""
+    """Slots on the GPU."""
 
-    def __init__(self, copier: CudaCopier, num_slots: int, blocks_per_slot: int) -> None:
+    def __init__(self, copier: CudaCopier, num_slots: int, slot_bytes: int) -> None:
         """Raises TransferError where there is no memory for it."""
-        planes = copier.planes.planes
-        self.block_bytes = sum(plane.size_bytes for plane in planes)
-        self.slot_bytes = blocks_per_slot * self.block_bytes
+        self.slot_bytes = slot_bytes
         try:
-            self.buffers = [
-                torch.empty(self.slot_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots)
-            ]
+            self.buffers = [torch.empty(slot_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots)]
         except torch.cuda.OutOfMemoryError as error:
             raise TransferError(
-                f"no {num_slots * self.slot_bytes // _MIB} MiB of GPU memory for staging: lower "
+                f"no {num_slots * slot_bytes // _MIB} MiB of GPU memory for staging: lower "
                 "gpu_memory_utilization, slot_bytes or num_slots"
             ) from error
-        self.tables = [PlaneTable(dense_planes(planes, buffer.data_ptr()), copier.device) for buffer in self.buffers]
 
 
 class Pair:
@@ -131,7 +129,7 @@ class NcclSend(SendWay):
 
     def __init__(self, copier: CudaCopier, *, slot_bytes: int, num_slots: int, zero: bool = False) -> None:
         self._copier = copier
-        self._blocks_per_slot = copier.blocks_in(slot_bytes or copier.slot_bytes)
+        self._slot_bytes = max(slot_bytes or copier.slot_bytes, *copier.layer_bytes)
         self._num_slots = num_slots
         self._zero = zero
 
@@ -142,7 +140,7 @@ class NcclSend(SendWay):
         if data["gpu"] == gpu_identity(self._copier.device):
             raise TransferError("both workers are on one GPU, where NCCL takes no two ranks")
         try:
-            meeting = Meeting(new_id(), self._num_slots, self._blocks_per_slot)
+            meeting = Meeting(new_id(), self._num_slots, self._slot_bytes)
         except NcclError as error:
             raise TransferError(str(error)) from error
         return NcclSendChannel(self._copier, meeting, zero=self._zero), msgspec.structs.asdict(meeting)
@@ -159,26 +157,30 @@ class NcclSendChannel:
         self._copier = copier
         self._meeting = meeting
         self._zero = zero
-        self._staging = Staging(copier, meeting.num_slots, meeting.blocks_per_slot)
+        self._staging = Staging(copier, meeting.num_slots, meeting.slot_bytes)
         self._free = list(range(meeting.num_slots))
         self._pair = Pair(meeting.id, 0, copier.device)
 
-    def room(self, first_item: int) -> int:
+    def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
         if not self._pair.error and not (self._pair.is_joined and self._free):  # an error is for `push` to say
-            return 0
-        return self._copier.capacity(self._staging.slot_bytes, first_item)
+            return NO_ROOM
+        return extent_of_slot(self._copier.layer_bytes, self._meeting.slot_bytes, num_blocks, first_layer, fence)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
         if self._pair.error:
             return Ticket(0, done=True, error=f"nccl: {self._pair.error}")
         slot = self._free.pop(0)
-        size_bytes = len(sources.blocks) * self._staging.block_bytes
-        ticket, table, buffer = Ticket(size_bytes, slot), self._staging.tables[slot], self._staging.buffers[slot]
+        size_bytes, buffer = sources.size_bytes(self._copier.layer_bytes), self._staging.buffers[slot]
+        ticket = Ticket(size_bytes, slot)
+
+        @functools.cache
+        def table() -> PlaneTable:
+            return self._copier.dense(buffer.data_ptr(), sources)  # on the stream of the first launch
 
         def launch(block_ids: torch.Tensor, first_plane: int, num_planes: int, programs: int | None) -> None:
             copy_blocks(
                 self._copier.planes,
-                table,
+                table(),
                 block_ids,
                 first_plane=first_plane,
                 num_planes=num_planes,
@@ -189,7 +191,7 @@ class NcclSendChannel:
                 buffer.zero_()
 
         numbers = list(range(len(sources.blocks)))
-        gathered = self._copier.copy(self, fence, sources.blocks, numbers, ticket, launch)
+        gathered = self._copier.copy(self, fence, sources, numbers, ticket, launch)
 
         def post(communicator: Communicator, stream: torch.cuda.Stream) -> None:
             stream.wait_event(gathered)
@@ -243,7 +245,7 @@ class NcclReceiveHalf(ReceiveHalf):
         except msgspec.ValidationError as error:
             raise TransferError(f"the prefill worker's invitation is not understood: {error}") from error
         self._copier.bind()
-        self._staging = Staging(self._copier, meeting.num_slots, meeting.blocks_per_slot)
+        self._staging = Staging(self._copier, meeting.num_slots, meeting.slot_bytes)
         self._waiter = Waiter("twolane-recv", self._copier.device, self._copier.wake)
         self._pair = Pair(meeting.id, 1, self._copier.device)
 
@@ -251,24 +253,21 @@ class NcclReceiveHalf(ReceiveHalf):
         staging, pair, waiter = self._staging, self._pair, self._waiter
         if staging is None or pair is None or waiter is None or not 0 <= slot < len(staging.buffers):
             raise TransferError(f"slot {slot} lies outside the staging buffers")
-        num_blocks = len(items.blocks)
-        size_bytes, buffer, table = num_blocks * staging.block_bytes, staging.buffers[slot], staging.tables[slot]
-        if not items.is_whole or size_bytes > buffer.numel():
+        size_bytes, buffer = items.size_bytes(self._copier.layer_bytes), staging.buffers[slot]
+        if size_bytes > buffer.numel():
             raise TransferError(f"a push of {items.count} items doesn't fit its slot")
         ticket = Ticket(size_bytes, slot)
         self._copier.bind()
-        block_ids = self._copier.upload(list(range(num_blocks)), items.blocks)
-        uploaded = self._copier.event_now()
-        job = self._copier.add_job(ticket, self, block_ids)
+        job = self._copier.add_job(ticket, self, None)
 
         def receive(communicator: Communicator, stream: torch.cuda.Stream) -> None:
             communicator.receive(buffer.data_ptr(), size_bytes, stream)
 
         def scatter(stream: torch.cuda.Stream) -> None:
-            with torch.cuda.stream(stream):
-                stream.wait_event(uploaded)
-                always, planes = self._copier.always, self._copier.planes
-                copy_blocks(table, planes, block_ids, first_plane=0, num_planes=len(planes.planes), permit=always)
+            with torch.cuda.stream(stream):  # uploads too: on the agent's they would wait for D's forward passes
+                dense = self._copier.dense(buffer.data_ptr(), items)
+                block_ids = self._copier.upload(list(range(len(items.blocks))), items.blocks)
+                self._copier.launch(dense, self._copier.planes, block_ids, items.layers)
                 waiter.add(None, self._copier.event_now(blocking=True), job)
 
         pair.call(receive, scatter)
