@@ -135,6 +135,8 @@ class SimCopier:
             self.ops.append(Op(ticket, _ENGINE, lambda: False, lambda: None))
         return ticket
 
+    def bind(self) -> None: ...
+
     def pin(self, address: int, size_bytes: int) -> None: ...
 
     def unpin(self, address: int) -> None:

@@ -197,12 +197,15 @@ def test_a_push_waits_for_the_forward_pass_it_is_behind(pair: Pair) -> None:
     link = pair.connect()
     if pair.memory.device != "cpu":
         torch.cuda._sleep(200_000_000)  # about 0.1 s of a forward pass  # type: ignore[no-untyped-call]
-    for name, tensor in pair.source.items():
-        block_of(tensor, 6).fill_(5.0)
+    moves = [(6, 6), (0, 3), (5, 1), (2, 2), (7, 0)]  # of large items a slot holds one layer of four
+    for layer, (name, tensor) in enumerate(pair.source.items()):
+        for source, _ in moves:
+            block_of(tensor, source).fill_(8.0 * layer + source)
         pair.senders.layer_done(name)
-    pair.push(link, [(6, 6)])
-    for tensor in pair.target.contents().values():
-        assert bool((block_of(tensor, 6) == 5.0).all())
+    pair.push(link, moves)
+    for layer, tensor in enumerate(pair.target.contents().values()):
+        for source, target in moves:
+            assert bool((block_of(tensor, target) == 8.0 * layer + source).all())
 
 
 def test_a_revoked_p_writes_nothing_more(pair: Pair) -> None:

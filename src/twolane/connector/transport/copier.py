@@ -29,6 +29,10 @@ class Copier(Protocol):
 
     def passes(self) -> Ticket: ...
 
+    def bind(self) -> None:
+        """Makes the device current in the calling thread, so that a fence can be asked there."""
+        ...
+
     def pin(self, address: int, size_bytes: int) -> None:
         """Announces memory of slots that the device may read and write; until `unpin`."""
         ...
@@ -84,6 +88,8 @@ class HostCopier:
 
     def passes(self) -> Ticket:
         return Ticket(0, done=True)
+
+    def bind(self) -> None: ...
 
     def pin(self, address: int, size_bytes: int) -> None: ...
 

@@ -80,6 +80,7 @@ class ShmSend(SendWay):
     ) -> tuple[ShmSendChannel, dict[str, Any]]:
         if host != host_identity():
             raise TransferError("the decode worker is on another host, or in another container")
+        self._copier.bind()
         arena = Arena(self._fd, self._size, self._slot_bytes, self._nonce)
         return ShmSendChannel(self), msgspec.structs.asdict(arena)
 

@@ -102,6 +102,7 @@ class TcpSend(SendWay):
             raise TransferError(f"the decode worker's offer isn't understood: {error}") from error
         room = Room(min(offered.num_slots, self.slots.peer_share), min(offered.slot_bytes, self._room.slot_bytes))
         self._check_fits(room.slot_bytes)
+        self.copier.bind()
         if self._server is None:
             self._server = self._serve()
             self._staging = Staging(self.copier, self._room.num_slots, self._room.slot_bytes)

@@ -27,7 +27,6 @@ from twolane.errors import TransferError
 # A kernel runs for milliseconds once it has begun; the GPU may give its time to other processes in between.
 REVOKE_GRACE_S = 0.25
 _MAX_PEERS = 256
-_ROOM = 1 << 30  # items: a push has no other bound than its chunk
 
 
 class RemotePlane(msgspec.Struct, frozen=True, array_like=True):
