@@ -7,6 +7,7 @@ is such a memory too: its blocks are numbered from 0 and `stride` apart.
 from __future__ import annotations
 
 import itertools
+from array import array
 from dataclasses import dataclass
 from typing import Self
 
@@ -39,10 +40,12 @@ class PlaneTable:
 
 
 def _rows(planes: list[Plane]) -> torch.Tensor:
+    numbers = array("q")  # a tensor of a list takes three times as long, and a push makes one
     for plane in planes:
         if plane.base % 16 or plane.stride_bytes % 16 or plane.size_bytes % 16:
             raise ValueError(f"KV memory is not aligned to 16 bytes: {plane}")
-    return torch.tensor([(plane.base, plane.stride_bytes, plane.size_bytes // 16) for plane in planes])
+        numbers.extend((plane.base, plane.stride_bytes, plane.size_bytes // 16))
+    return torch.frombuffer(numbers, dtype=torch.int64).view(-1, 3)
 
 
 def planes_of(layout: KVLayout) -> list[Plane]:
