@@ -47,12 +47,12 @@ class _Watch:
 
     def __init__(self, outcome: Outcome, asked_s: float) -> None:
         self.outcome = outcome
-        self._last_s = asked_s
+        self.asked_s = self.last_s = asked_s
 
     def word(self) -> None:
         now_s = time.monotonic()
-        self.outcome.longest_wait_s = max(self.outcome.longest_wait_s, now_s - self._last_s)
-        self._last_s = now_s
+        self.outcome.longest_wait_s = max(self.outcome.longest_wait_s, now_s - self.last_s)
+        self.last_s = now_s
 
 
 async def _ask_until_left(client: httpx.AsyncClient, url: str, body: dict[str, Any], watch: _Watch) -> None:
@@ -78,6 +78,7 @@ async def _exchange(client: httpx.AsyncClient, url: str, body: dict[str, Any], w
             watch.word()
             if note_event(outcome, event):
                 return
+            outcome.event_s.append(watch.last_s - watch.asked_s)
     outcome.end, outcome.message = "lost", "the stream ended without a last word"
 
 
@@ -122,12 +123,14 @@ def note_event(outcome: Outcome, event: str) -> bool:
     return False
 
 
-async def make_reference(address: str, prompts: list[list[int]], at_once: int = 8) -> list[Reference]:
-    """What a single instance answers to each prompt, as far as rounding can't change it."""
+async def make_reference(
+    address: str, prompts: list[list[int]], at_once: int = 8, max_tokens: int = MAX_OUTPUT_TOKENS
+) -> list[Reference]:
+    """What is answered there to each prompt, as far as rounding can't change it."""
     gate = asyncio.Semaphore(at_once)
 
     async def one(client: httpx.AsyncClient, model: str, prompt: list[int]) -> Reference:
-        body = completion(model, prompt, MAX_OUTPUT_TOKENS, logprobs=2, return_tokens_as_token_ids=True)
+        body = completion(model, prompt, max_tokens, logprobs=2, return_tokens_as_token_ids=True)
         async with gate:
             answer = await client.post(f"http://{address}/v1/completions", json=body)
         answer.raise_for_status()

@@ -41,6 +41,7 @@ class Outcome:
     message: str = "never ended"
     longest_wait_s: float = 0.0  # without a byte of the answer
     total_s: float = 0.0
+    event_s: list[float] = field(default_factory=list)  # of a stream, since it was asked
 
 
 def judge(outcome: Outcome, reference: Reference) -> Verdict:

@@ -65,28 +65,14 @@ def _armed(spec: ServiceSpec, phase: Phase) -> ServiceSpec:
     return msgspec.structs.replace(spec, argv=(*spec.argv[:at], json.dumps(config), *spec.argv[at + 1 :]))
 
 
-class Service:
-    """One run of all services. Owns the supervisor that it starts; `stop` ends it all, and is idempotent."""
+class Running:
+    """Services that a supervisor keeps."""
 
-    def __init__(self, phase: Phase, folder: Path) -> None:
-        self._settings = soak_settings(phase, folder)
-        self._files = control.Files(self._settings)
-        self.plan = soak_plan(phase, self._settings)
-        self.model = self.plan.model.names[0]
-        self.specs = {spec.name: spec for spec in self.plan.services}
-
-    def start(self) -> None:
-        """Returns at once; `await_ready` waits. StartError if the supervisor doesn't start, or a port is taken."""
-        check_ports(self.plan)
-        with control.exclusive(self._files):
-            control.start_supervisor(self.plan, self._files)
-
-    def await_ready(self) -> None:
-        """Until the first start is through. StartError with the reason if it fails."""
-        control.await_start(self._files, lambda _: None)
-
-    def stop(self) -> list[str]:
-        return control.stop_all(self._files)
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self._files = control.Files(settings)
+        self.plan = plan
+        self.model = plan.model.names[0]
+        self.specs = {spec.name: spec for spec in plan.services}
 
     def states(self) -> list[ServiceState]:
         state = read_state(self._files.state)
@@ -106,6 +92,27 @@ class Service:
     def supervisor(self) -> ProcessId | None:
         state = read_state(self._files.state)
         return state.supervisor if state else None
+
+
+class Service(Running):
+    """One run of all services. Owns the supervisor that it starts; `stop` ends it all, and is idempotent."""
+
+    def __init__(self, phase: Phase, folder: Path) -> None:
+        settings = soak_settings(phase, folder)
+        super().__init__(settings, soak_plan(phase, settings))
+
+    def start(self) -> None:
+        """Returns at once; `await_ready` waits. StartError if the supervisor doesn't start, or a port is taken."""
+        check_ports(self.plan)
+        with control.exclusive(self._files):
+            control.start_supervisor(self.plan, self._files)
+
+    def await_ready(self) -> None:
+        """Until the first start is through. StartError with the reason if it fails."""
+        control.await_start(self._files, lambda _: None)
+
+    def stop(self) -> list[str]:
+        return control.stop_all(self._files)
 
 
 def send_signal(members: list[ProcessId], number: signal.Signals) -> None:
