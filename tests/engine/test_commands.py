@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.place import Place
+from tests.engine.stack import wait_for
+from tests.proxy.otlp_receiver import Receiver
 from twolane.config import Settings
 from twolane.launch.control import Files, stop_all
 
@@ -51,12 +53,35 @@ class Load(threading.Thread):
                 self.wrong.append(text[-300:])
 
 
-def test_a_service_from_up_to_down(place: Place) -> None:
+@pytest.fixture
+def spans(place: Place) -> Iterator[Receiver]:
+    """What the proxy and both engines send to a collector."""
+    with Receiver() as receiver:
+        place.env |= {
+            "TWOLANE_OTLP_ENDPOINT": receiver.url,
+            "TWOLANE_VLLM_ARGS": f"--otlp-traces-endpoint {receiver.url}/v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",  # else vLLM speaks gRPC
+        }
+        yield receiver
+
+
+def check_spans(spans: Receiver) -> None:
+    """vLLM's own hang below the proxy's, in both engines."""
+
+    def parents() -> set[str]:
+        names = {span["span_id"]: name for name, span in spans.every}
+        return {names.get(span["parent_id"], "") for name, span in spans.every if name == "llm_request"}
+
+    wait_for("both engines' spans", lambda: {"prefill", "decode"} <= parents(), 60)
+
+
+def test_a_service_from_up_to_down(place: Place, spans: Receiver) -> None:
     up = place.twolane("up")
     assert up.returncode == 0, up.stderr
     assert "D got the KV of 4 from P and computed 1" in up.stdout
     tested = place.twolane("test")
     assert (tested.returncode, tested.stdout.count("pass  ")) == (0, 7), tested.stdout
+    check_spans(spans)
     started = place.services()
     assert {row["state"] for row in started.values()} == {"ready"}
     assert started["decode"]["memory_bytes"] > 5e8

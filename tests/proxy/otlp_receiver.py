@@ -16,10 +16,11 @@ def _value(any_value: Any) -> Any:
 
 
 class Receiver:
-    """`spans`: by name, what came, in plain types. `resource`: the sender's."""
+    """`spans`: by name, what came last, in plain types; `every`: all, with their names. `resource`: the sender's."""
 
     def __init__(self) -> None:
         self.spans: dict[str, dict[str, Any]] = {}
+        self.every: list[tuple[str, dict[str, Any]]] = []
         self.resource: dict[str, Any] = {}
         self.paths: list[str] = []
         receiver = self
@@ -63,6 +64,7 @@ class Receiver:
                         "state": span.trace_state,
                         "status": span.status.code,
                     }
+                    self.every.append((span.name, self.spans[span.name]))
 
     def __enter__(self) -> Self:
         self._thread.start()
