@@ -42,8 +42,8 @@ from benchmarks.transport_gpu import median_kernel_ms, pinned_copies
 from twolane.connector.agent import SWITCH_INTERVAL_S
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
+from twolane.connector.parts import Cursor, Part
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.transfer import Cursor, Part
 from twolane.connector.transport.base import Items, Ticket
 from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.protocol import Transport

@@ -79,7 +79,7 @@ MUTANTS = (
     ),
     Mutant(
         "layers: D takes those of other blocks than it has begun",
-        T,
+        "parts.py",
         "part.num_blocks == self.num_open if self.layer else part.num_blocks > 0",
         "True",
     ),

@@ -17,7 +17,7 @@ import torch
 from tests.connector.sim_streams import PACKAGE, Device, simulated
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout, layout_of
-from twolane.connector.transfer import Cursor, Part
+from twolane.connector.parts import Cursor, Part
 from twolane.connector.transport.base import Fence, Ticket
 from twolane.connector.transport.hub import Receivers, Senders
 from twolane.connector.transport.shm import ShmReceive, ShmSend

@@ -14,7 +14,7 @@ import torch
 from tests.contract.target import NUM_BLOCKS, Footprint, Memory, TargetProcess, footprint, no_wake
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
-from twolane.connector.transfer import Cursor, Part
+from twolane.connector.parts import Cursor, Part
 from twolane.connector.transport.base import Extent, Fence, Items, SendChannel, Ticket
 from twolane.connector.transport.hub import Senders
 from twolane.connector.transport.select import senders_for

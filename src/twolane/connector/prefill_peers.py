@@ -11,7 +11,8 @@ from typing import Protocol
 
 from twolane.connector.agent import logger
 from twolane.connector.numbering import Numbering
-from twolane.connector.transfer import Incoming, IncomingState, Part
+from twolane.connector.parts import Part
+from twolane.connector.transfer import Incoming, IncomingState
 from twolane.connector.transport.base import ReceiveChannel, ReceiveTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import Cancel, Hello, Identity, KVFormat, Ping, Push, ToDecode, ToPrefill, Welcome

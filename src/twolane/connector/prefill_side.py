@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from twolane.connector.agent import logger
 from twolane.connector.decode_peers import DecodePeer, DecodePeers, Links
 from twolane.connector.offers import Offers
+from twolane.connector.parts import Part
 from twolane.connector.plan import Advance, Offer, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
-from twolane.connector.transfer import Computing, Outgoing, Part
+from twolane.connector.transfer import Computing, Outgoing
 from twolane.connector.transport.base import SendTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import (

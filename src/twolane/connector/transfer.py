@@ -19,59 +19,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from twolane.connector.parts import Cursor, Part
 from twolane.connector.stats import Cause
 from twolane.connector.transport.base import Extent, Fence, Items
 from twolane.errors import TransferError
 from twolane.protocol import Announce
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some layers of some blocks of a transfer, which are numbered from the first announced; see protocol.Push."""
-
-    first_block: int
-    num_blocks: int
-    layers: range
-
-    @property
-    def is_first(self) -> bool:
-        return self.first_block == 0 and self.layers.start == 0
-
-    @property
-    def on_the_wire(self) -> tuple[int, int, int, int]:
-        """As in protocol.Push."""
-        return self.first_block, self.num_blocks, self.layers.start, len(self.layers)
-
-    def size_bytes(self, layer_bytes: list[int]) -> int:
-        """`layer_bytes`: of one block, layer by layer."""
-        return self.num_blocks * sum(layer_bytes[self.layers.start : self.layers.stop])
-
-    def of(self, block_ids: list[int]) -> Items:
-        return Items(block_ids[self.first_block : self.first_block + self.num_blocks], self.layers)
-
-
-@dataclass
-class Cursor:
-    """How far a transfer has come: past all layers of the blocks before `block`, and past the layers before `layer` of
-    the `num_open` blocks from there on."""
-
-    num_layers: int
-    block: int = 0
-    num_open: int = 0
-    layer: int = 0
-
-    def is_at(self, part: Part) -> bool:
-        """Whether that comes next."""
-        if (part.first_block, part.layers.start) != (self.block, self.layer):
-            return False
-        is_right_size = part.num_blocks == self.num_open if self.layer else part.num_blocks > 0
-        return is_right_size and self.layer < part.layers.stop <= self.num_layers
-
-    def pass_by(self, part: Part) -> None:
-        if part.layers.stop == self.num_layers:
-            self.block, self.num_open, self.layer = self.block + part.num_blocks, 0, 0
-        else:
-            self.num_open, self.layer = part.num_blocks, part.layers.stop
 
 
 @dataclass(frozen=True)
