@@ -76,13 +76,14 @@ class Kills:
 
     async def window(self, victim: str) -> dict[str, Any]:
         """`victim`: P, D, or empty. Returns when all instances are back."""
-        asking = asyncio.create_task(self._ask_all())
         killed_s = 0.0
-        if victim:
-            await asyncio.sleep(self._args.window_s * KILL_AT)
-            kill(self._service.ready(ROLES[victim])[-1])
-            killed_s = time.monotonic()
-        outcomes = await asking
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(self._ask_all())
+            if victim:
+                await asyncio.sleep(self._args.window_s * KILL_AT)
+                kill(self._service.ready(ROLES[victim])[-1])
+                killed_s = time.monotonic()
+        outcomes = asking.result()
         await asyncio.to_thread(self._until_all_are_ready)
         row = figures(outcomes, [self._references[outcome.request.prompt] for outcome in outcomes])
         return row | ({"all_back_after_s": round(time.monotonic() - killed_s, 1)} if victim else {})

@@ -227,8 +227,7 @@ def _patch_package(patch: pytest.MonkeyPatch, device: Device) -> None:
         patch.setattr(driver, name, lambda *_: None)
     for name in ("copy_to_host", "copy_from_host"):
         patch.setattr(driver, name, device.move)
-    for module in (copier, nccl):
-        patch.setattr(module, "copy_blocks", device.copy_blocks)
+    patch.setattr(copier, "copy_blocks", device.copy_blocks)
     gpus = itertools.count()
     patch.setattr(nccl, "gpu_identity", lambda _: str(next(gpus)))
     patch.setattr(nccl, "new_id", lambda: secrets.token_bytes(8))

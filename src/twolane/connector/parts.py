@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
-from twolane.connector.transport.base import Items
+from twolane.connector.transport.base import Extent, Items
+from twolane.protocol import Push
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,10 @@ class Part:
     def is_first(self) -> bool:
         return self.first_block == 0 and self.layers.start == 0
 
+    @classmethod
+    def from_wire(cls, push: Push) -> Self:
+        return cls(push.first_block, push.num_blocks, range(push.first_layer, push.first_layer + push.num_layers))
+
     @property
     def on_the_wire(self) -> tuple[int, int, int, int]:
         """As in protocol.Push."""
@@ -26,7 +32,7 @@ class Part:
 
     def size_bytes(self, layer_bytes: list[int]) -> int:
         """`layer_bytes`: of one block, layer by layer."""
-        return self.num_blocks * sum(layer_bytes[self.layers.start : self.layers.stop])
+        return Extent(self.num_blocks, self.layers).size_bytes(layer_bytes)
 
     def of(self, block_ids: list[int]) -> Items:
         return Items(block_ids[self.first_block : self.first_block + self.num_blocks], self.layers)

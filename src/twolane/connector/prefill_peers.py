@@ -66,8 +66,7 @@ class PrefillPeer:
 
     def begin_read(self, push: Push) -> None:
         """Of a push that nobody waits for the bytes are thrown away. Raises TransferError where messages were lost."""
-        layers = range(push.first_layer, push.first_layer + push.num_layers)
-        part, incoming = Part(push.first_block, push.num_blocks, layers), self.transfers.get(push.transfer_id)
+        part, incoming = Part.from_wire(push), self.transfers.get(push.transfer_id)
         ticket = Ticket(0, slot=push.slot, done=True)
         if incoming is None or incoming.state is not IncomingState.WAITING:
             incoming = None

@@ -44,7 +44,7 @@ class Items:
 
     def size_bytes(self, layer_bytes: Sequence[int]) -> int:
         """`layer_bytes`: of one item of each layer."""
-        return len(self.blocks) * sum(layer_bytes[self.layers.start : self.layers.stop])
+        return Extent(len(self.blocks), self.layers).size_bytes(layer_bytes)
 
 
 class Fence:
@@ -63,6 +63,10 @@ class Extent(NamedTuple):
 
     def __bool__(self) -> bool:
         return self.num_blocks > 0 and len(self.layers) > 0
+
+    def size_bytes(self, layer_bytes: Sequence[int]) -> int:
+        """`layer_bytes`: of one block, layer by layer."""
+        return self.num_blocks * sum(layer_bytes[self.layers.start : self.layers.stop])
 
 
 NO_ROOM = Extent(0, range(0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Fence, Items, Ticket, Wake
+from twolane.connector.transport.base import Extent, Fence, Items, Ticket, Wake
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.kernel import (
     FOLLOWING_PROGRAMS,
@@ -24,8 +24,8 @@ from twolane.connector.transport.cuda.planes import PlaneTable, dense_planes, pl
 from twolane.connector.transport.pace import Forecast, marks_every
 from twolane.errors import ConfigError
 
-# (block ids, first plane, number of planes, programs or None for as many as fill the link), on the current stream
-Launch = Callable[[torch.Tensor, int, int, int | None], None]
+# (block ids, layers, programs or None for as many as fill the link), on the current stream
+Launch = Callable[[torch.Tensor, range, int | None], None]
 
 _MIN_GROUP_BYTES = 4 << 20  # a launch of its own pays from here on
 
@@ -151,7 +151,7 @@ class CudaCopier:
             block_ids = self.upload(sources.blocks, targets)
             for first, end, event in self._groups(fence, sources):
                 lane.stream.wait_event(event)
-                launch(block_ids, *self._planes_of(range(first, end)), self._programs(fence, end))
+                launch(block_ids, range(first, end), self._programs(fence, end))
         return self._begin(lane, owner, ticket, block_ids, self._mark(fence, sources))
 
     def _lane(self, fence: Fence) -> Lane:
@@ -180,15 +180,15 @@ class CudaCopier:
         groups = []
         for marked, event in zip(fence.layers, fence.events, strict=True):
             end = min(marked, last)
-            size_bytes = len(items.blocks) * sum(self.layer_bytes[first:end])
+            size_bytes = Extent(len(items.blocks), range(first, end)).size_bytes(self.layer_bytes)
             if first < end and (end == last or size_bytes >= _MIN_GROUP_BYTES):
                 groups.append((first, end, event))
                 first = end
         return groups
 
-    def dense(self, base: int, items: Items) -> PlaneTable:
-        """These items' planes in a buffer at `base`, on the current stream."""
-        first, num_planes = self._planes_of(items.layers)
+    def dense(self, base: int, layers: range) -> PlaneTable:
+        """These layers' planes in a buffer at `base`, on the current stream."""
+        first, num_planes = self._planes_of(layers)
         planes = dense_planes(self.planes.planes, first, first + num_planes, base)
         return PlaneTable.on_stream(planes, self.device)
 
@@ -257,7 +257,7 @@ class CudaCopier:
         lane, mark = self._lane(fence), self._mark(fence, items)
         with torch.cuda.stream(lane.stream):
             base = lane.staging(ticket.size_bytes)
-            dense = self.dense(base, items)
+            dense = self.dense(base, items.layers)
             block_ids = self.upload(items.blocks, list(range(len(items.blocks))))
             lane.stream.wait_event(mark)
             self.launch(self.planes, dense, block_ids, items.layers, self._programs(fence, items.layers.stop))
@@ -272,7 +272,7 @@ class CudaCopier:
         with torch.cuda.stream(lane.stream):
             base = lane.staging(ticket.size_bytes)
             driver.copy_from_host(base, address, ticket.size_bytes, lane.stream)
-            dense = self.dense(base, items)
+            dense = self.dense(base, items.layers)
             block_ids = self.upload(list(range(len(items.blocks))), items.blocks)
             self.launch(dense, self.planes, block_ids, items.layers)
         self._begin(lane, self, ticket, (dense, block_ids))
@@ -285,8 +285,9 @@ class CudaCopier:
         block_ids: torch.Tensor,
         layers: range,
         num_programs: int | None = None,
+        permit: torch.Tensor | None = None,
     ) -> None:
-        """One kernel, on the current stream."""
+        """One kernel, on the current stream. `permit`: see kernel.copy_blocks; None: always."""
         first, num_planes = self._planes_of(layers)
         copy_blocks(
             sources,
@@ -294,7 +295,7 @@ class CudaCopier:
             block_ids,
             first_plane=first,
             num_planes=num_planes,
-            permit=self.always,
+            permit=self.always if permit is None else permit,
             num_programs=num_programs,
         )
 

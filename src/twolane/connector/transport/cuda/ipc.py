@@ -19,7 +19,7 @@ from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Extent, Fence, Items, Ticket
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
-from twolane.connector.transport.cuda.kernel import copy_blocks, permit_of
+from twolane.connector.transport.cuda.kernel import permit_of
 from twolane.connector.transport.cuda.planes import Plane, PlaneTable, planes_of
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
@@ -227,16 +227,8 @@ class IpcSendChannel:
         self._copier.copy(self, fence, sources, targets.blocks, ticket, self._launch)
         return ticket
 
-    def _launch(self, block_ids: torch.Tensor, first_plane: int, num_planes: int, programs: int | None) -> None:
-        copy_blocks(
-            self._sources,
-            self._targets,
-            block_ids,
-            first_plane=first_plane,
-            num_planes=num_planes,
-            permit=self._permit,
-            num_programs=programs,
-        )
+    def _launch(self, block_ids: torch.Tensor, layers: range, programs: int | None) -> None:
+        self._copier.launch(self._sources, self._targets, block_ids, layers, programs, self._permit)
 
     def release(self, slot: int) -> None:
         """There are none."""

@@ -22,7 +22,6 @@ from twolane.connector.agent import logger
 from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
-from twolane.connector.transport.cuda.kernel import copy_blocks
 from twolane.connector.transport.cuda.lane import Waiter
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
 from twolane.connector.transport.cuda.planes import PlaneTable
@@ -175,18 +174,10 @@ class NcclSendChannel:
 
         @functools.cache
         def table() -> PlaneTable:
-            return self._copier.dense(buffer.data_ptr(), sources)  # on the stream of the first launch
+            return self._copier.dense(buffer.data_ptr(), sources.layers)  # on the stream of the first launch
 
-        def launch(block_ids: torch.Tensor, first_plane: int, num_planes: int, programs: int | None) -> None:
-            copy_blocks(
-                self._copier.planes,
-                table(),
-                block_ids,
-                first_plane=first_plane,
-                num_planes=num_planes,
-                permit=self._copier.always,
-                num_programs=programs,
-            )
+        def launch(block_ids: torch.Tensor, layers: range, programs: int | None) -> None:
+            self._copier.launch(self._copier.planes, table(), block_ids, layers, programs)
             if self._zero:
                 buffer.zero_()
 
@@ -265,7 +256,7 @@ class NcclReceiveHalf(ReceiveHalf):
 
         def scatter(stream: torch.cuda.Stream) -> None:
             with torch.cuda.stream(stream):  # uploads too: on the agent's they would wait for D's forward passes
-                dense = self._copier.dense(buffer.data_ptr(), items)
+                dense = self._copier.dense(buffer.data_ptr(), items.layers)
                 block_ids = self._copier.upload(list(range(len(items.blocks))), items.blocks)
                 self._copier.launch(dense, self._copier.planes, block_ids, items.layers)
                 waiter.add(None, self._copier.event_now(blocking=True), job)
