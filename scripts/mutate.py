@@ -113,7 +113,12 @@ MUTANTS = (
     Mutant(
         "data: D reads a slot before all of its bytes are there", INBOX, " and loan.received == loan.size.total", ""
     ),
-    Mutant("data: D keeps bytes that nobody wants", P_PEERS, "self.channel.discard(push.slot)", "pass"),
+    Mutant(
+        "data: D keeps bytes that nobody wants",
+        P_PEERS,
+        "self.channel.discard(push.slot, part.size_bytes(layer_bytes))",
+        "ticket",
+    ),
     Mutant(
         "data: D keeps bytes whose push was lost", INBOX, "if one < number and one not in self._wanted", "if not one"
     ),

@@ -38,6 +38,7 @@ class Device:
         self._streams: list[Stream] = []
         self._current = threading.local()
         self.posts: dict[bytes, dict[str, list[Post]]] = {}  # of NCCL's communicators
+        self.is_cut = False  # the ranks find out that they have lost each other
 
     def stream(self, *_: object, **__: object) -> Stream:
         made = Stream(self)
@@ -157,14 +158,21 @@ class Post:
 class Communicator:
     """cuda.nccl_library.Communicator between two threads."""
 
-    def __init__(self, device: Device, name: bytes, rank: int) -> None:
+    def __init__(self, device: Device, error: type[Exception], name: bytes, rank: int) -> None:
         self._device = device
+        self._error = error
         self._posts = device.posts.setdefault(name, {"send": [], "receive": []})
+        self._is_aborted = False
 
     def is_settled(self) -> bool:
+        if self._device.is_cut:
+            raise self._error("remote process exited")
         return True
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        """What waits for the other rank ends, like any other kernel."""
+        self._is_aborted = True
+        self._device.advance()
 
     def send(self, address: int, size_bytes: int, stream: Stream) -> None:
         self._post("send", "receive", Post(address, size_bytes), stream)
@@ -177,15 +185,15 @@ class Communicator:
         self._posts[mine].append(post)
 
         def op() -> bool:
-            post.is_here = True
+            post.is_here = not self._is_aborted
             others = self._posts[theirs]
-            if not post.is_over and number < len(others) and others[number].is_here:
+            if post.is_here and not post.is_over and number < len(others) and others[number].is_here:
                 other = others[number]
                 assert post.size_bytes == other.size_bytes
                 source, target = (post, other) if mine == "send" else (other, post)
                 ctypes.memmove(target.address, source.address, post.size_bytes)
                 post.is_over = other.is_over = True
-            return post.is_over
+            return post.is_over or self._is_aborted
 
         self._device.enqueue(stream, op)
 
@@ -222,7 +230,9 @@ def _fake_triton() -> dict[str, ModuleType]:
 
 
 def _patch_package(patch: pytest.MonkeyPatch, device: Device) -> None:
-    copier, driver, nccl = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("copier", "driver", "nccl"))
+    copier, driver, nccl, pair = (
+        importlib.import_module(f"{PACKAGE}.{name}") for name in ("copier", "driver", "nccl", "nccl_pair")
+    )
     for name in ("bind", "pin", "unpin"):
         patch.setattr(driver, name, lambda *_: None)
     for name in ("copy_to_host", "copy_from_host"):
@@ -231,4 +241,4 @@ def _patch_package(patch: pytest.MonkeyPatch, device: Device) -> None:
     gpus = itertools.count()
     patch.setattr(nccl, "gpu_identity", lambda _: str(next(gpus)))
     patch.setattr(nccl, "new_id", lambda: secrets.token_bytes(8))
-    patch.setattr(nccl, "Communicator", functools.partial(Communicator, device))
+    patch.setattr(pair, "Communicator", functools.partial(Communicator, device, pair.NcclError))

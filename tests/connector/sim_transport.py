@@ -18,7 +18,7 @@ from twolane.connector.layout import KVLayout, Region
 from twolane.connector.transport.base import Extent, Fence, Items, Ticket
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.connector.transport.pace import Forecast
-from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf
+from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf, ShmSend, ShmSendChannel
 from twolane.errors import TransferError
 
 LAYERS = 2
@@ -178,6 +178,11 @@ class SimCopier:
         self.ops.append(Op(ticket, self, lambda: True, land, touches=touches))
         return ticket
 
+    def throw_away(self, slot: int) -> Ticket:
+        ticket = Ticket(0, slot)
+        self.ops.append(Op(ticket, self, lambda: True, lambda: None))
+        return ticket
+
     def poll(self) -> None:
         """Tickets of one owner become done in the order they were begun."""
         blocked: set[int] = set()
@@ -193,6 +198,18 @@ class SimCopier:
     def close(self) -> None: ...
 
 
+class SimShmSend(ShmSend):
+    """Remembers what each loan holds."""
+
+    sizes: ClassVar[dict[int, int]] = {}
+
+    def lend(self, index: int, channel: ShmSendChannel, items: Items, fence: Fence) -> Ticket:
+        ticket = super().lend(index, channel, items, fence)
+        assert ticket.slot is not None
+        self.sizes[ticket.slot] = ticket.size_bytes
+        return ticket
+
+
 class SimShmReceive(ShmReceive):
     """The world's pids aren't real: all arenas are this process's."""
 
@@ -203,6 +220,12 @@ class SimShmReceive(ShmReceive):
 class SimShmReceiveHalf(ShmReceiveHalf):
     def attach(self, data: dict[str, Any], pid: int) -> None:
         super().attach(data, os.getpid())
+
+    def discard(self, slot: int, size_bytes: int) -> Ticket:
+        """Takes its time, as `nccl`'s does."""
+        assert size_bytes == SimShmSend.sizes[slot], "as much is thrown away as P has sent"
+        assert isinstance(self._copier, SimCopier)
+        return self._copier.throw_away(slot)
 
 
 class DirectReceive(ReceiveWay):

@@ -28,6 +28,7 @@ from tests.connector.sim_transport import (
     Memory,
     SimCopier,
     SimShmReceive,
+    SimShmSend,
 )
 from twolane.connector.decode_side import DecodeSide
 from twolane.connector.head_start import LIMIT_S
@@ -39,7 +40,6 @@ from twolane.connector.story import Story
 from twolane.connector.transport.base import Ticket
 from twolane.connector.transport.hub import Receivers, Senders, SendWay
 from twolane.connector.transport.pace import Forecast
-from twolane.connector.transport.shm import ShmSend
 from twolane.connector.transport.tcp import TcpSend
 from twolane.connector.transport.tcp_receive import TcpReceive
 from twolane.protocol import Identity, KVFormat, ToDecode, ToPrefill
@@ -142,7 +142,7 @@ class Prefill(Worker):
         super().__init__(world, pid)
         self.address = address
         self.way = way
-        self.shm = ShmSend(LAYOUT, self.copier, slot_bytes=0, num_slots=NUM_SLOTS)
+        self.shm = SimShmSend(LAYOUT, self.copier, slot_bytes=0, num_slots=NUM_SLOTS)
         self.tcp = TcpSend(
             self.copier,
             world.network.serve,

@@ -86,6 +86,9 @@ class Session:
     def read(self, channel: int, slot: int, items: Items) -> int:
         return self._wait(self._channels[channel].read(slot, items)).size_bytes
 
+    def discard(self, channel: int, slot: int, size_bytes: int) -> None:
+        self._wait(self._channels[channel].discard(slot, size_bytes))
+
     def _wait(self, ticket: Ticket) -> Ticket:
         assert self._receivers is not None
         deadline_s = time.monotonic() + 10

@@ -192,7 +192,7 @@ class DecodeSide:
 
     def _on_push(self, peer: PrefillPeer, push: Push, now_s: float) -> None:
         try:
-            peer.begin_read(push)
+            peer.begin_read(push, self._layer_bytes)
         except TransferError as error:
             # Messages were lost: what else is missing on this connection isn't known.
             self._drop_peer(peer.address, Cause.PROTOCOL, str(error), now_s)
@@ -238,7 +238,8 @@ class DecodeSide:
             self._peers.say(peer, Credit(read.ticket.slot))
 
     def _end_read(self, peer: PrefillPeer, read: Read, incoming: Incoming, now_s: float) -> None:
-        error = read.ticket.error or ("" if read.ticket.is_intact() else "the slot was given to others meanwhile")
+        lost = "the connection was lost, or the slot given to others, while it was read"
+        error = read.ticket.error or ("" if read.ticket.is_intact() else lost)
         if error:
             incoming.broken()
             self._end(incoming, Cause.PROTOCOL, error, now_s)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from twolane.connector.transport.base import Extent, Items
+from twolane.errors import TransferError
 from twolane.protocol import Push
 
 
@@ -22,8 +23,12 @@ class Part:
         return self.first_block == 0 and self.layers.start == 0
 
     @classmethod
-    def from_wire(cls, push: Push) -> Self:
-        return cls(push.first_block, push.num_blocks, range(push.first_layer, push.first_layer + push.num_layers))
+    def from_wire(cls, push: Push, num_layers: int) -> Self:
+        """`num_layers`: of the KV. Raises TransferError for numbers that can't be."""
+        made = cls(push.first_block, push.num_blocks, range(push.first_layer, push.first_layer + push.num_layers))
+        if made.first_block < 0 or made.num_blocks < 1 or not 0 <= made.layers.start < made.layers.stop <= num_layers:
+            raise TransferError(f"a push of {made}, where there are {num_layers} layers")
+        return made
 
     @property
     def on_the_wire(self) -> tuple[int, int, int, int]:

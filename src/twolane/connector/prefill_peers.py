@@ -40,7 +40,7 @@ class Links(Protocol):
 
 @dataclass(frozen=True)
 class Read:
-    """A copy from a slot that was begun."""
+    """A copy from a slot that was begun. The slot is given back once it is through, also where it goes nowhere."""
 
     incoming: Incoming | None  # None: thrown away
     part: Part
@@ -64,14 +64,15 @@ class PrefillPeer:
     is_same_host: bool = False  # P's CLOCK_MONOTONIC is ours
     revoked_at_s: float = 0.0  # when it can't write any more, once it was dropped
 
-    def begin_read(self, push: Push) -> None:
-        """Of a push that nobody waits for the bytes are thrown away. Raises TransferError where messages were lost."""
-        part, incoming = Part.from_wire(push), self.transfers.get(push.transfer_id)
+    def begin_read(self, push: Push, layer_bytes: list[int]) -> None:
+        """Of a push that nobody waits for the bytes are thrown away. Raises TransferError where messages were lost, or
+        this one can't be. `layer_bytes`: of one block, layer by layer."""
+        part, incoming = Part.from_wire(push, len(layer_bytes)), self.transfers.get(push.transfer_id)
         ticket = Ticket(0, slot=push.slot, done=True)
         if incoming is None or incoming.state is not IncomingState.WAITING:
             incoming = None
             if push.slot is not None:
-                self.channel.discard(push.slot)
+                ticket = self.channel.discard(push.slot, part.size_bytes(layer_bytes))
         else:
             targets = incoming.targets(part)
             if push.slot is not None:

@@ -95,9 +95,9 @@ def extent_of_slot(
 class Ticket:
     """A movement of bytes. Until `done`, both the KV memory and the slot belong to the transport.
 
-    `slot`: where D finds the bytes, a number that is never used again; None if they are in D's blocks already.
-    `error`: why it failed, when `done`. `is_intact`: asked of a read that is done; whether the slot held the same bytes
-    until then. P gives the slots of a D that is gone, or hangs, to others, and D may find that out late.
+    `slot`: where D finds the bytes, a number that is never used again on this connection; None if they are in D's blocks
+    already. `error`: why it failed, when `done`. `is_intact`: asked of a read that is done; whether the slot held P's
+    bytes until then. P gives the slots of a D that is gone, or hangs, to others, and D may find that out late.
     `ready_at_s`, `done_at_s`: when the sources were computed and when the bytes had moved, where the transport knows
     better than who polls.
     """
@@ -199,8 +199,9 @@ class ReceiveChannel(Protocol):
         either order. Raises TransferError for a slot that can't be. Slots are read or discarded in P's order."""
         ...
 
-    def discard(self, slot: int) -> None:
-        """Nobody wants the slot's bytes, here already or still on their way."""
+    def discard(self, slot: int, size_bytes: int) -> Ticket:
+        """Nobody wants the slot's bytes, here already or still on their way. The slot is P's again once it is done.
+        Raises TransferError for a slot that can't be."""
         ...
 
     def revoke(self) -> float:

@@ -45,9 +45,9 @@ class ReceiveHalf(Protocol):
 
     def read(self, slot: int, items: Items) -> Ticket: ...
 
-    def discard(self, slot: int) -> None:  # noqa: ARG002
-        """For those whose bytes are D's to keep."""
-        return
+    def discard(self, slot: int, size_bytes: int) -> Ticket:  # noqa: ARG002
+        """For those where nothing is left of bytes that nobody reads."""
+        return Ticket(0, slot, done=True)
 
     def revoke(self) -> float: ...
 
@@ -148,9 +148,10 @@ class Channel:
             raise TransferError("a push came before the handshake")
         return self._chosen.read(slot, items)
 
-    def discard(self, slot: int) -> None:
-        if self._chosen is not None:
-            self._chosen.discard(slot)
+    def discard(self, slot: int, size_bytes: int) -> Ticket:
+        if self._chosen is None:
+            raise TransferError("a push came before the handshake")
+        return self._chosen.discard(slot, size_bytes)
 
     def revoke(self) -> float:
         return max(half.revoke() for half in self._halves.values())

@@ -57,6 +57,7 @@ class ShmSend(SendWay):
     ) -> None:
         self._copier = copier
         self._zero = zero
+        self._to_zero: list[tuple[Ticket, int]] = []  # copies in flight, and to where
         self.layer_bytes = layout.layer_bytes
         self.room_bytes = max(slot_bytes or copier.slot_bytes, layout.max_item_bytes)
         self._slot_bytes = page_aligned(self.room_bytes)
@@ -99,8 +100,16 @@ class ShmSend(SendWay):
         self.slots.occupy(index, lambda: not ticket.done)
         ticket.slot = loan
         if self._zero:
-            ctypes.memset(address, 0, ticket.size_bytes)
+            self._to_zero.append((ticket, address))
+            self.poll()
         return ticket
+
+    def poll(self) -> None:
+        """The fault `zero_kv`: zeros over what was copied, behind the copy and before anybody is told of it."""
+        done = [one for one in self._to_zero if one[0].done]
+        self._to_zero = [one for one in self._to_zero if not one[0].done]
+        for ticket, address in done:
+            ctypes.memset(address, 0, ticket.size_bytes)
 
     def close(self) -> None:
         """Unmaps the arena here; a D that still maps it keeps its own view."""

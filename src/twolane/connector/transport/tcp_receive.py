@@ -130,8 +130,9 @@ class TcpReceiveHalf(ReceiveHalf):
         self._scatter()
         return ticket
 
-    def discard(self, slot: int) -> None:
+    def discard(self, slot: int, size_bytes: int) -> Ticket:  # noqa: ARG002 - the bytes' head says it
         self._inbox.discard(slot)
+        return Ticket(0, slot, done=True)
 
     def poll(self) -> None:
         """Takes in at most as much as a slot holds, so that nobody waits long for the lock."""

@@ -1,38 +1,33 @@
 """Transport `nccl`: staging buffers of bounded size on both GPUs, NCCL's send and receive between them.
 
 One communicator a pair of workers, made and used by a thread of its own (`Pair`), so that neither the engine nor the
-agent ever waits for the other side. P gathers blocks into a slot, says Push and sends; D receives into its slot of the
-same number and scatters. Both post in the order of the Push messages. When either side goes, the other aborts.
+agent ever waits for the other side. P gathers blocks into a slot, says Push and sends; D receives and scatters.
+
+NCCL matches sends with receives by their order alone. So slots go by the number of their loan, from 0 on for each
+communicator; loan n lies in both sides' buffer n modulo their number. P sends in the order of the loans. D receives
+each of them, also those that nobody wants, and takes a Push only if it is of the loan that is due: one that was lost
+ends the connection. When either side goes, the other aborts.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import threading
-import time
-from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import msgspec
 import torch
 
-from twolane.connector.agent import logger
 from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
-from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
 from twolane.connector.transport.cuda.lane import Waiter
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
+from twolane.connector.transport.cuda.nccl_pair import Pair
 from twolane.connector.transport.cuda.planes import PlaneTable
 from twolane.connector.transport.frames import Positive
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
 
-Post = Callable[[Communicator, torch.cuda.Stream], None]
-Then = Callable[[torch.cuda.Stream], None]
-
-_POLL_S = 5e-5  # how often a call in progress is looked at
+_END_S = 1.0  # how long D waits for the end of a communicator when it ends itself
 _MIB = 1 << 20
 
 
@@ -49,76 +44,16 @@ def gpu_identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-class Staging:
-    """Slots on the GPU."""
-
-    def __init__(self, copier: CudaCopier, num_slots: int, slot_bytes: int) -> None:
-        """Raises TransferError where there is no memory for it."""
-        self.slot_bytes = slot_bytes
-        try:
-            self.buffers = [torch.empty(slot_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots)]
-        except torch.cuda.OutOfMemoryError as error:
-            raise TransferError(
-                f"no {num_slots * slot_bytes // _MIB} MiB of GPU memory for staging: lower "
-                "gpu_memory_utilization, slot_bytes or num_slots"
-            ) from error
-
-
-class Pair:
-    """The thread of one communicator. `call(post, then)` makes it run `post(communicator, stream)`, wait until NCCL has
-    put that on the stream (a call to a non-blocking communicator returns before), and run `then(stream)`; in order.
-    Ends on `end`, on the first error, or when the other rank is lost; then aborts, and `error` says why."""
-
-    def __init__(self, name: bytes, rank: int, device: torch.device) -> None:
-        self.error = ""
-        self.is_joined = False
-        self._device = device
-        self._name, self._rank = name, rank
-        self._posts: SimpleQueue[tuple[Post, Then]] = SimpleQueue()
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="twolane-nccl", daemon=True)
-        self._thread.start()
-
-    def call(self, post: Post, then: Then) -> None:
-        self._posts.put((post, then))
-
-    def end(self) -> None:
-        self._ending.set()
-
-    def join(self, timeout_s: float) -> None:
-        self.end()
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        driver.bind(self._device)
-        communicator = None
-        try:
-            communicator = Communicator(self._name, self._rank)
-            self._settle(communicator)
-            self.is_joined = True
-            stream = torch.cuda.Stream(self._device, priority=-1)
-            while not self._ending.is_set():
-                try:
-                    post, then = self._posts.get(timeout=0.05)
-                except Empty:
-                    communicator.is_settled()  # tells of a lost rank
-                    continue
-                post(communicator, stream)
-                self._settle(communicator)
-                then(stream)
-        except (NcclError, RuntimeError) as error:
-            self.error = str(error)
-            logger.log(logging.DEBUG if self._ending.is_set() else logging.ERROR, "nccl: %s", error)
-        finally:
-            self.error = self.error or "closed"
-            if communicator is not None:
-                communicator.abort()
-
-    def _settle(self, communicator: Communicator) -> None:
-        while not communicator.is_settled():
-            if self._ending.is_set():
-                raise NcclError("given up while the other rank was awaited")
-            time.sleep(_POLL_S)
+def staging(copier: CudaCopier, meeting: Meeting) -> tuple[torch.Tensor, ...]:
+    """The buffers. Raises TransferError where there is no memory for them."""
+    num_slots, slot_bytes = meeting.num_slots, meeting.slot_bytes
+    try:
+        return tuple(torch.empty(slot_bytes, dtype=torch.uint8, device=copier.device) for _ in range(num_slots))
+    except torch.cuda.OutOfMemoryError as error:
+        raise TransferError(
+            f"no {num_slots * slot_bytes // _MIB} MiB of GPU memory for staging: lower "
+            "gpu_memory_utilization, slot_bytes or num_slots"
+        ) from error
 
 
 class NcclSend(SendWay):
@@ -148,29 +83,33 @@ class NcclSend(SendWay):
 
 
 class NcclSendChannel:
-    """Mutable state: which slots are free."""
-
-    error = ""
+    """Mutable state: how many loans there were, and how many of them came back, which they do in order."""
 
     def __init__(self, copier: CudaCopier, meeting: Meeting, *, zero: bool) -> None:
         self._copier = copier
         self._meeting = meeting
         self._zero = zero
-        self._staging = Staging(copier, meeting.num_slots, meeting.slot_bytes)
-        self._free = list(range(meeting.num_slots))
-        self._pair = Pair(meeting.id, 0, copier.device)
+        self._buffers = staging(copier, meeting)
+        self._num_lent = self._num_back = 0
+        self._pair = Pair(meeting.id, 0, copier.device, self._buffers, copier.wake)
+
+    @property
+    def error(self) -> str:
+        return f"nccl: {self._pair.error}" if self._pair.error else ""
 
     def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
-        if not self._pair.error and not (self._pair.is_joined and self._free):  # an error is for `push` to say
+        has_free = self._num_lent - self._num_back < self._meeting.num_slots
+        if not self.error and not (self._pair.is_joined and has_free):  # an error is for `push` to say
             return NO_ROOM
         return extent_of_slot(self._copier.layer_bytes, self._meeting.slot_bytes, num_blocks, first_layer, fence)
 
     def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
-        if self._pair.error:
-            return Ticket(0, done=True, error=f"nccl: {self._pair.error}")
-        slot = self._free.pop(0)
-        size_bytes, buffer = sources.size_bytes(self._copier.layer_bytes), self._staging.buffers[slot]
-        ticket = Ticket(size_bytes, slot)
+        if self.error:
+            return Ticket(0, done=True, error=self.error)
+        loan, buffer = self._num_lent, self._buffers[self._num_lent % len(self._buffers)]
+        self._num_lent += 1
+        size_bytes = sources.size_bytes(self._copier.layer_bytes)
+        ticket = Ticket(size_bytes, loan)
 
         @functools.cache
         def table() -> PlaneTable:
@@ -179,7 +118,7 @@ class NcclSendChannel:
         def launch(block_ids: torch.Tensor, layers: range, programs: int | None) -> None:
             self._copier.launch(self._copier.planes, table(), block_ids, layers, programs)
             if self._zero:
-                buffer.zero_()
+                buffer.zero_()  # on the same stream
 
         numbers = list(range(len(sources.blocks)))
         gathered = self._copier.copy(self, fence, sources, numbers, ticket, launch)
@@ -192,30 +131,46 @@ class NcclSendChannel:
         return ticket
 
     def release(self, slot: int) -> None:
-        if 0 <= slot < self._meeting.num_slots and slot not in self._free:
-            self._free.append(slot)
+        if self._num_back <= slot < self._num_lent:
+            self._num_back = slot + 1
 
     def close(self) -> None:
-        """Aborts: D is gone, or connected anew."""
+        """Aborts: D is gone, or connected anew. The buffers are free once nothing is copied to them or sent."""
         self._pair.end()
+        self._copier.when_idle(self, self._forget_buffers)
+
+    def _forget_buffers(self) -> None:
+        self._buffers = ()
 
 
 class NcclReceive(ReceiveWay):
-    """D's half: an NcclReceiveHalf for each P."""
+    """D's half: a NcclReceiveHalf for each P. Mutable state: those whose communicator isn't over."""
 
     name = "nccl"
 
     def __init__(self, copier: CudaCopier) -> None:
         self._copier = copier
+        self._halves: list[NcclReceiveHalf] = []
 
     def open(self) -> NcclReceiveHalf:
-        return NcclReceiveHalf(self._copier)
+        self._halves.append(NcclReceiveHalf(self._copier))
+        return self._halves[-1]
 
-    def close(self) -> None: ...
+    def poll(self) -> None:
+        for half in self._halves:
+            half.poll()
+        self._halves = [half for half in self._halves if not half.is_over]
+
+    def close(self) -> None:
+        for half in self._halves:
+            half.close()
+        for half in self._halves:
+            half.join(_END_S)
+        self.poll()
 
 
 class NcclReceiveHalf(ReceiveHalf):
-    """Mutable state: the pair, and the jobs that it hasn't ended."""
+    """Mutable state: the pair until it is over, and which loan is due."""
 
     name = "nccl"
     direct = False
@@ -223,8 +178,10 @@ class NcclReceiveHalf(ReceiveHalf):
     def __init__(self, copier: CudaCopier) -> None:
         self._copier = copier
         self._pair: Pair | None = None
-        self._staging: Staging | None = None
         self._waiter: Waiter | None = None
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._due = 0
+        self._is_closed = False
 
     def offer(self) -> dict[str, Any]:
         self._copier.bind()
@@ -236,42 +193,73 @@ class NcclReceiveHalf(ReceiveHalf):
         except msgspec.ValidationError as error:
             raise TransferError(f"the prefill worker's invitation is not understood: {error}") from error
         self._copier.bind()
-        self._staging = Staging(self._copier, meeting.num_slots, meeting.slot_bytes)
+        self._buffers = staging(self._copier, meeting)
         self._waiter = Waiter("twolane-recv", self._copier.device, self._copier.wake)
-        self._pair = Pair(meeting.id, 1, self._copier.device)
+        self._pair = Pair(meeting.id, 1, self._copier.device, self._buffers, self._copier.wake)
 
     def read(self, slot: int, items: Items) -> Ticket:
-        staging, pair, waiter = self._staging, self._pair, self._waiter
-        if staging is None or pair is None or waiter is None or not 0 <= slot < len(staging.buffers):
-            raise TransferError(f"slot {slot} lies outside the staging buffers")
-        size_bytes, buffer = items.size_bytes(self._copier.layer_bytes), staging.buffers[slot]
-        if size_bytes > buffer.numel():
-            raise TransferError(f"a push of {items.count} items doesn't fit its slot")
-        ticket = Ticket(size_bytes, slot)
+        return self._receive(slot, items.size_bytes(self._copier.layer_bytes), items)
+
+    def discard(self, slot: int, size_bytes: int) -> Ticket:
+        """Receives all the same: P's send is matched with the next receive, whichever it is."""
+        return self._receive(slot, size_bytes, None)
+
+    def _receive(self, slot: int, size_bytes: int, items: Items | None) -> Ticket:
+        """`items`: where the bytes go; None: nowhere."""
+        pair, waiter = self._pair, self._waiter
+        if pair is None or waiter is None or pair.error:
+            raise TransferError(f"nccl: {pair.error if pair else 'there is no communicator'}")
+        if slot != self._due:
+            raise TransferError(f"slot {slot} isn't lent to us (any more), {self._due} is due")
+        buffer = self._buffers[slot % len(self._buffers)]
+        if not 0 < size_bytes <= buffer.numel():
+            raise TransferError(f"a push of {size_bytes} bytes doesn't fit its slot")
+        self._due += 1
+        ticket = Ticket(size_bytes, slot, is_intact=lambda: not pair.error)  # an abort looks like an end
         self._copier.bind()
         job = self._copier.add_job(ticket, self, None)
 
         def receive(communicator: Communicator, stream: torch.cuda.Stream) -> None:
             communicator.receive(buffer.data_ptr(), size_bytes, stream)
 
-        def scatter(stream: torch.cuda.Stream) -> None:
+        def then(stream: torch.cuda.Stream) -> None:
             with torch.cuda.stream(stream):  # uploads too: on the agent's they would wait for D's forward passes
-                dense = self._copier.dense(buffer.data_ptr(), items.layers)
-                block_ids = self._copier.upload(list(range(len(items.blocks))), items.blocks)
-                self._copier.launch(dense, self._copier.planes, block_ids, items.layers)
+                if items is not None:
+                    self._scatter(buffer, items)
                 waiter.add(None, self._copier.event_now(blocking=True), job)
 
-        pair.call(receive, scatter)
+        pair.call(receive, then)
         return ticket
 
-    def revoke(self) -> float:
-        """Ends the receives that wait for P. Only D's own kernels write to D's memory."""
-        if self._pair is not None:
-            self._pair.join(timeout_s=1.0)
+    def _scatter(self, buffer: torch.Tensor, items: Items) -> None:
+        dense = self._copier.dense(buffer.data_ptr(), items.layers)
+        block_ids = self._copier.upload(list(range(len(items.blocks))), items.blocks)
+        self._copier.launch(dense, self._copier.planes, block_ids, items.layers)
+
+    def poll(self) -> None:
+        """Once nothing of the communicator runs any more: what hasn't landed has failed, the memory is free."""
+        if self._pair is not None and self._waiter is not None and self._pair.is_over:
             self._copier.fail_jobs(self, f"nccl: {self._pair.error}")
+            self._waiter.close(timeout_s=0.0)
+            self._pair = self._waiter = None
+            self._buffers = ()
+
+    def revoke(self) -> float:
+        """Only D's own kernels write to D's memory. Reads end when none of them runs any more: not before the abort,
+        which nobody waits for here, under the agent's lock."""
+        if self._pair is not None:
+            self._pair.end()
         return 0.0
 
     def close(self) -> None:
+        """Idempotent."""
         self.revoke()
-        if self._waiter is not None:
-            self._waiter.close(timeout_s=1.0)
+        self._is_closed = True
+
+    def join(self, timeout_s: float) -> None:
+        if self._pair is not None:
+            self._pair.join(timeout_s)
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_closed and self._pair is None
