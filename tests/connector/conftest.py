@@ -1,4 +1,4 @@
-"""A prefill and a decode agent for the tests that need no others."""
+"""A prefill and a decode agent for the tests that need no others; streams of a GPU, where there is none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
+from tests.connector.sim_streams import Device, simulated
 from twolane.connector.settings import ConnectorSettings
 
 
@@ -29,3 +30,9 @@ def decode(settings: ConnectorSettings) -> Iterator[Decode]:
     made = start_decode(settings)
     yield made
     made.agent.stop()
+
+
+@pytest.fixture(params=[0, 1, 2])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    with simulated(request.param) as made:
+        yield made

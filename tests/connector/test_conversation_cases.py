@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.connector.sim_transport import GRACE_S
+from tests.connector.sim_transport import GRACE_S, LAYERS
 from tests.connector.sim_world import SETTINGS, World
-from twolane.protocol import Ping
+from twolane.protocol import Ping, Push
 
 
 @pytest.fixture
@@ -68,6 +68,35 @@ def test_a_slot_is_not_given_back_past_one_that_is_being_read(world: World) -> N
     world.deliver_all()
     assert f"d-{first}" in decode.waiting
     assert world.prefills[0].shm.free_slots <= 3, "D still reads the first"
+
+
+def test_a_slot_that_is_thrown_away_is_given_back_once_d_is_through_with_it(world: World) -> None:
+    """Not when the Push comes: its bytes may still be on their way out of it."""
+    name = start(world, 1)
+    world.deliver_all()
+    push(world)
+    prefill, decode = world.prefills[0], world.decodes[0]
+    decode.drop(f"d-{name}")
+    for _ in range(3):
+        decode.step()
+        decode.turn()
+        world.deliver_all()
+    assert prefill.shm.free_slots == 3
+    world.move_all()
+    decode.turn()
+    world.deliver_all()
+    assert prefill.shm.free_slots == 4
+
+
+@pytest.mark.parametrize("numbers", [(-1, 1, 0, 1), (0, 0, 0, 1), (0, 1, -1, 1), (0, 1, 0, 0), (0, 1, 1, LAYERS)])
+def test_a_push_whose_numbers_cant_be_ends_the_connection(world: World, numbers: tuple[int, int, int, int]) -> None:
+    """Also where nobody waits for it: it says how much is to be thrown away."""
+    start(world, 1)
+    world.calm(10)
+    wire, prefill = next(iter(world.wires.values())), world.prefills[0]
+    prefill.side._peers.say(prefill.name_of(wire), Push("nobody's", *numbers, slot=0))
+    world.deliver_to_d(wire)
+    assert not wire.is_open
 
 
 @pytest.mark.parametrize("is_reading", [False, True])

@@ -114,8 +114,7 @@ class Pair:
         return moved
 
     def throw_away(self, link: Link, block: int, fence: Fence) -> None:
-        """Pushes some layers of the block to a D that doesn't want them. A direct P isn't told that in time, so there
-        it writes nothing."""
+        """Pushes layers of the block to a D that doesn't want them; a direct P would write them all the same."""
         if link.direct:
             return
         items = Items([block], self.room(link, 1, 0, fence).layers)

@@ -95,7 +95,7 @@ def extent_of_slot(
 class Ticket:
     """A movement of bytes. Until `done`, both the KV memory and the slot belong to the transport.
 
-    `slot`: where D finds the bytes, a number that is never used again on this connection; None if they are in D's blocks
+    `slot`: where D finds the bytes, a number that this connection never uses again; None if they are in D's blocks
     already. `error`: why it failed, when `done`. `is_intact`: asked of a read that is done; whether the slot held P's
     bytes until then. P gives the slots of a D that is gone, or hangs, to others, and D may find that out late.
     `ready_at_s`, `done_at_s`: when the sources were computed and when the bytes had moved, where the transport knows
