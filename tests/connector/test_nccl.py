@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from functools import partial
 
 import pytest
 
@@ -22,11 +23,13 @@ def test_a_push_that_was_lost_is_noticed_at_the_next(device: Device, is_wanted: 
     fence = pair.launch_pass()
     _, second = pair.push_block(0, fence), pair.push_block(1, fence)
     assert second.slot is not None
+    take = (
+        partial(pair.receiving.read, second.slot, Part(1, 1, range(LAYERS)).of(TARGETS))
+        if is_wanted
+        else partial(pair.receiving.discard, second.slot, BLOCK_BYTES)
+    )
     with pytest.raises(TransferError, match="isn't lent to us"):
-        if is_wanted:
-            pair.receiving.read(second.slot, Part(1, 1, range(LAYERS)).of(TARGETS))
-        else:
-            pair.receiving.discard(second.slot, BLOCK_BYTES)
+        take()
     device.advance()
     assert pair.landed_blocks() == []
     pair.close()
@@ -111,8 +114,8 @@ def test_a_closed_channel_keeps_no_memory(device: Device) -> None:
         pair.push_block(0, fence)
         for number in range(3):
             pair.receiving.discard(number, BLOCK_BYTES)
-        halves = [pair.sending, next(iter(pair.receiving._halves.values()))]  # type: ignore[attr-defined]
-        buffers = [weakref.ref(buffer) for half in halves for buffer in half._buffers]  # type: ignore[attr-defined]
+        halves = [pair.sending, next(iter(pair.receiving._halves.values()))]
+        buffers = [weakref.ref(buffer) for half in halves for buffer in half._buffers]
         assert len(buffers) == 8
         pair.sending.close()
         pair.receiving.close()
