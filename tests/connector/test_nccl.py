@@ -104,6 +104,19 @@ def test_a_read_that_is_cut_off_has_failed_and_writes_nothing_more(
     pair.close()
 
 
+def test_a_read_that_never_began_fails_with_its_connection(device: Device) -> None:
+    device.have_met = False
+    pair = Pair(device, "nccl", BLOCK_BYTES)
+    assert not pair.sending.room(1, 0, pair.launch_pass())
+    ticket = pair.receiving.read(0, Part(0, 1, range(LAYERS)).of(TARGETS))
+    pair.receiving.revoke()
+    pair.wait(ticket)
+    assert ticket.error
+    with pytest.raises(TransferError, match="there is no communicator"):
+        pair.receiving.discard(1, BLOCK_BYTES)
+    pair.close()
+
+
 def test_a_closed_channel_keeps_no_memory(device: Device) -> None:
     """Also with pushes and reads in mid-air, and without a garbage collector (vLLM freezes it)."""
     gc.disable()
@@ -114,7 +127,7 @@ def test_a_closed_channel_keeps_no_memory(device: Device) -> None:
         pair.push_block(0, fence)
         for number in range(3):
             pair.receiving.discard(number, BLOCK_BYTES)
-        halves = [pair.sending, next(iter(pair.receiving._halves.values()))]
+        halves = [pair.sending, next(iter(pair.receiving._halves.values()))]  # type: ignore[attr-defined]
         buffers = [weakref.ref(buffer) for half in halves for buffer in half._buffers]
         assert len(buffers) == 8
         pair.sending.close()
