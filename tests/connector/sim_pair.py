@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,13 +44,23 @@ class Pair:
         ours, theirs = (layout_of(kv, NUM_BLOCKS) for kv in (self._source, self.target))
         make = {"shm": self._shm, "nccl": self._nccl}[transport]
         self._senders, self._receivers = make(ours, theirs, slot_bytes)
-        self.receiving = self._receivers.open()
-        self.sending, chosen = self._senders.open(self.receiving.offers, os.getpid(), host_identity())
-        self.receiving.attach(chosen, os.getpid())
+        self._connect()
         self._begun, self.landed = Cursor(LAYERS), Cursor(LAYERS)
         self._flying: list[tuple[Part, Ticket]] = []
         self._reads: list[tuple[Part, Ticket, int]] = []
         self.parts: list[Part] = []
+
+    def _connect(self) -> None:
+        self.receiving = self._receivers.open()
+        self.sending, chosen = self._senders.open(self.receiving.offers, os.getpid(), host_identity())
+        self.receiving.attach(chosen, os.getpid())
+
+    def connect_anew(self) -> None:
+        """Once nothing of the old connection is left."""
+        self.sending.close()
+        self.receiving.close()
+        wait_for(lambda: not any(thread.name == "twolane-nccl" for thread in threading.enumerate()))
+        self._connect()
 
     @staticmethod
     def _copiers(*layouts: KVLayout) -> list[Any]:

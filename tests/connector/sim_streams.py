@@ -36,12 +36,17 @@ class Device:
         self._random = random.Random(seed)
         self._changed = threading.Condition(threading.RLock())
         self._streams: list[Stream] = []
+        self.num_asked_for = 0  # streams, beside each thread's own
         self._current = threading.local()
         self.posts: dict[bytes, dict[str, list[Post]]] = {}  # of NCCL's communicators
         self.is_cut = False  # the ranks find out that they have lost each other
         self.have_met = True
 
     def stream(self, *_: object, **__: object) -> Stream:
+        self.num_asked_for += 1
+        return self._make_stream()
+
+    def _make_stream(self) -> Stream:
         made = Stream(self)
         self._streams.append(made)
         return made
@@ -52,7 +57,7 @@ class Device:
     def current(self, *_: object) -> Stream:
         """Of this thread. Nobody's default stream is another's: P and D are two processes."""
         if not hasattr(self._current, "stream"):
-            self._current.stream = self.stream()
+            self._current.stream = self._make_stream()
         stream = self._current.stream
         assert isinstance(stream, Stream)
         return stream

@@ -107,6 +107,7 @@ def test_a_read_that_is_cut_off_has_failed_and_writes_nothing_more(
 def test_a_read_that_never_began_fails_with_its_connection(device: Device) -> None:
     device.have_met = False
     pair = Pair(device, "nccl", BLOCK_BYTES)
+    pair.num_computed = LAYERS
     assert not pair.sending.room(1, 0, pair.launch_pass())
     ticket = pair.receiving.read(0, Part(0, 1, range(LAYERS)).of(TARGETS))
     pair.receiving.revoke()
@@ -114,6 +115,21 @@ def test_a_read_that_never_began_fails_with_its_connection(device: Device) -> No
     assert ticket.error
     with pytest.raises(TransferError, match="there is no communicator"):
         pair.receiving.discard(1, BLOCK_BYTES)
+    pair.close()
+
+
+def test_new_connections_take_no_new_streams(device: Device) -> None:
+    """Of torch's few: sooner or later one that others copy on."""
+    pair, nums = Pair(device, "nccl", BLOCK_BYTES), []
+    pair.num_computed = LAYERS
+    fence = pair.launch_pass()
+    for _ in range(3):
+        slot = pair.push_block(0, fence).slot
+        assert slot == 0
+        pair.wait(pair.receiving.discard(slot, BLOCK_BYTES))
+        nums.append(device.num_asked_for)
+        pair.connect_anew()
+    assert nums[0] == nums[2]
     pair.close()
 
 

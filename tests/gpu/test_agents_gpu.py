@@ -46,7 +46,8 @@ class Way:
             slot_bytes=8 << 20,
             num_slots=4,
             lease_s=20.0,
-            peer_timeout_s=1.0,
+            # NCCL connects with the first bytes, for a second and more on a busy machine: meanwhile a slot is out.
+            peer_timeout_s=5.0 if self.transport == "nccl" else 1.0,
             transfer_timeout_s=30.0,
         )
 

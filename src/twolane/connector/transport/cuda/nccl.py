@@ -12,6 +12,7 @@ ends the connection. When either side goes, the other aborts.
 from __future__ import annotations
 
 import functools
+from queue import SimpleQueue
 from typing import Any
 
 import msgspec
@@ -66,6 +67,7 @@ class NcclSend(SendWay):
         self._slot_bytes = max(slot_bytes or copier.slot_bytes, *copier.layer_bytes)
         self._num_slots = num_slots
         self._zero = zero
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
 
     def open(self, data: dict[str, Any], pid: int, host: str) -> tuple[NcclSendChannel, dict[str, Any]]:  # noqa: ARG002
         if "gpu" not in data:
@@ -77,7 +79,8 @@ class NcclSend(SendWay):
             meeting = Meeting(new_id(), self._num_slots, self._slot_bytes)
         except NcclError as error:
             raise TransferError(str(error)) from error
-        return NcclSendChannel(self._copier, meeting, zero=self._zero), msgspec.structs.asdict(meeting)
+        channel = NcclSendChannel(self._copier, meeting, self._streams, zero=self._zero)
+        return channel, msgspec.structs.asdict(meeting)
 
     def close(self) -> None: ...
 
@@ -85,13 +88,15 @@ class NcclSend(SendWay):
 class NcclSendChannel:
     """Mutable state: how many loans there were, and how many of them came back, which they do in order."""
 
-    def __init__(self, copier: CudaCopier, meeting: Meeting, *, zero: bool) -> None:
+    def __init__(
+        self, copier: CudaCopier, meeting: Meeting, streams: SimpleQueue[torch.cuda.Stream], *, zero: bool
+    ) -> None:
         self._copier = copier
         self._meeting = meeting
         self._zero = zero
         self._buffers = staging(copier, meeting)
         self._num_lent = self._num_back = 0
-        self._pair = Pair(meeting.id, 0, copier.device, self._buffers, copier.wake)
+        self._pair = Pair(meeting.id, 0, copier.device, self._buffers, streams, copier.wake)
 
     @property
     def error(self) -> str:
@@ -150,10 +155,11 @@ class NcclReceive(ReceiveWay):
 
     def __init__(self, copier: CudaCopier) -> None:
         self._copier = copier
+        self._streams: SimpleQueue[torch.cuda.Stream] = SimpleQueue()
         self._halves: list[NcclReceiveHalf] = []
 
     def open(self) -> NcclReceiveHalf:
-        self._halves.append(NcclReceiveHalf(self._copier))
+        self._halves.append(NcclReceiveHalf(self._copier, self._streams))
         return self._halves[-1]
 
     def poll(self) -> None:
@@ -175,8 +181,9 @@ class NcclReceiveHalf(ReceiveHalf):
     name = "nccl"
     direct = False
 
-    def __init__(self, copier: CudaCopier) -> None:
+    def __init__(self, copier: CudaCopier, streams: SimpleQueue[torch.cuda.Stream]) -> None:
         self._copier = copier
+        self._streams = streams
         self._pair: Pair | None = None
         self._waiter: Waiter | None = None
         self._buffers: tuple[torch.Tensor, ...] = ()
@@ -195,7 +202,7 @@ class NcclReceiveHalf(ReceiveHalf):
         self._copier.bind()
         self._buffers = staging(self._copier, meeting)
         self._waiter = Waiter("twolane-recv", self._copier.device, self._copier.wake)
-        self._pair = Pair(meeting.id, 1, self._copier.device, self._buffers, self._copier.wake)
+        self._pair = Pair(meeting.id, 1, self._copier.device, self._buffers, self._streams, self._copier.wake)
 
     def read(self, slot: int, items: Items) -> Ticket:
         return self._receive(slot, items.size_bytes(self._copier.layer_bytes), items)

@@ -29,16 +29,25 @@ class Pair:
     Ends on `end`, on the first error, or when the other rank is lost. `error` then says why, before the abort: a
     receive that is aborted ends like any other, and what lies behind it on the stream still runs. `is_over`: nothing
     does any more, and `buffers` aren't kept any longer. `wake` is called when it is joined, and when it is over.
+    `spare`: streams that no pair uses any more. torch has 32, which it gives out again and again: a new one each time
+    would at last be one that copies for others, and those would wait for this pair's other rank.
     """
 
     def __init__(
-        self, name: bytes, rank: int, device: torch.device, buffers: tuple[torch.Tensor, ...], wake: Wake
+        self,
+        name: bytes,
+        rank: int,
+        device: torch.device,
+        buffers: tuple[torch.Tensor, ...],
+        spare: SimpleQueue[torch.cuda.Stream],
+        wake: Wake,
     ) -> None:
         self.error = ""
         self.is_joined = False
         self.is_over = False
         self._device = device
         self._name, self._rank = name, rank
+        self._spare = spare
         self._wake = wake
         self._posts: SimpleQueue[tuple[Post, Then]] = SimpleQueue()
         self._ending = threading.Event()
@@ -63,7 +72,7 @@ class Pair:
             driver.bind(self._device)
             communicator = Communicator(self._name, self._rank)
             self._settle(communicator)
-            stream = torch.cuda.Stream(self._device, priority=-1)
+            stream = self._take_stream()
             self.is_joined = True
             self._wake()
             self._serve(communicator, stream)
@@ -77,9 +86,16 @@ class Pair:
             with contextlib.suppress(RuntimeError):  # the context is lost, which the engine finds out too
                 if stream is not None:
                     stream.synchronize()
+                    self._spare.put(stream)
             self._posts = SimpleQueue()  # they keep buffers, and whoever keeps this
             self.is_over = True
             self._wake()
+
+    def _take_stream(self) -> torch.cuda.Stream:
+        try:
+            return self._spare.get_nowait()
+        except Empty:
+            return torch.cuda.Stream(self._device, priority=-1)
 
     def _serve(self, communicator: Communicator, stream: torch.cuda.Stream) -> None:
         while not self._ending.is_set():
