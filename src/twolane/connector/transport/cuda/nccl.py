@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from twolane.connector.agent import logger
-from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, Ticket, extent_of_slot
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier
 from twolane.connector.transport.cuda.lane import Waiter
@@ -165,7 +165,13 @@ class NcclSendChannel:
             return NO_ROOM
         return extent_of_slot(self._copier.layer_bytes, self._meeting.slot_bytes, num_blocks, first_layer, fence)
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
+    def push(
+        self,
+        sources: Items,
+        targets: Items,  # noqa: ARG002 - D knows its targets
+        fence: Fence,
+        opening: Opening | None = None,  # noqa: ARG002 - D scatters by itself
+    ) -> Ticket:
         if self._pair.error:
             return Ticket(0, done=True, error=f"nccl: {self._pair.error}")
         slot = self._free.pop(0)
