@@ -52,6 +52,7 @@ BESIDE = (
     Stage("all: TTFT", "sent", "first token"),
     Stage("last layer to DONE seen at D", "P computed", "D landed"),
     Stage("last layer to first token", "P computed", "first token"),
+    Stage("D's step waits for the last byte", "D held", "P pushed"),
     Stage("proxy to D's blocks allocated", "proxy", "D allocated"),
     Stage("P's first step to D's blocks allocated", "P offered", "D allocated"),
     Stage("D's blocks to announce sent", "D allocated", "D announce_sent"),

@@ -18,7 +18,7 @@ LANES: dict[Role, Literal["prefill", "decode"]] = {"P": "prefill", "D": "decode"
 Kind = Literal["twolane", "nixl", "p2pnccl"]
 Transport = Literal["auto", "cuda_ipc", "shm", "nccl", "tcp"]  # auto: the first of the others that a pair can use
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 REGISTER_EVERY_S = 3.0
 LOAD_VALID_S = 2.5 * REGISTER_EVERY_S  # an instance's own word about its load
 
@@ -183,11 +183,19 @@ class Hello(Message, frozen=True, tag="hello"):
     transports: list[TransportOffer]
 
 
+class GateWord(msgspec.Struct, frozen=True, array_like=True):
+    """Word `index` of D's gates (transport `cuda_ipc`); P sets it to `value` once the last byte is in D's blocks."""
+
+    index: int
+    value: int
+
+
 class Announce(Message, frozen=True, tag="announce"):
     """D has blocks waiting. P writes blocks `first_block ...` of the prompt into `block_ids` in that order.
 
     `num_tokens`: how many tokens of the prompt D needs in all (it computes the rest itself).
     `digest`: of the prompt's token ids; P refuses if its own differs, since a wrong token is worse than a slow one.
+    `gate`: on which D's GPU may wait for the last byte; nothing to a P whose transport has none.
     """
 
     transfer_id: str
@@ -195,6 +203,7 @@ class Announce(Message, frozen=True, tag="announce"):
     first_block: int
     block_ids: list[int]
     digest: bytes
+    gate: GateWord | None = None
 
 
 class Credit(Message, frozen=True, tag="credit"):

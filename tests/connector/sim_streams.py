@@ -1,4 +1,4 @@
-"""CUDA's streams and events, and NCCL, on the CPU: for what the GPU transports do with them.
+"""CUDA's streams, events and words of memory, and NCCL, on the CPU: for what the GPU transports do with them.
 
 Nothing runs before it may: an operation is at the head of its stream, and what it waits for is over. Which stream goes
 on first is random. The copy kernel reads the tables of planes as the real one does.
@@ -27,6 +27,7 @@ Op = Callable[[], bool]  # whether it is over; asked again until it is
 
 PACKAGE = "twolane.connector.transport.cuda"
 DEADLOCK_S = 30.0
+GATE = 1 << 40  # cuda.kernel.gate_value(0)
 
 
 class Device:
@@ -94,11 +95,21 @@ class Device:
         self.enqueue(stream, op)
 
     def copy_blocks(
-        self, sources: Any, targets: Any, block_ids: torch.Tensor, *, first_plane: int, num_planes: int, **_: object
+        self,
+        sources: Any,
+        targets: Any,
+        block_ids: torch.Tensor,
+        *,
+        first_plane: int,
+        num_planes: int,
+        permit: torch.Tensor,
+        **_: object,
     ) -> None:
         """cuda.kernel's, on the current stream."""
 
         def op() -> bool:
+            if not is_permitted(permit):
+                return True
             for plane in range(first_plane, first_plane + num_planes):
                 source, stride, size = sources.tensor[plane].tolist()
                 target, target_stride, _ = targets.tensor[plane].tolist()
@@ -108,12 +119,44 @@ class Device:
 
         self.enqueue(self.current(), op)
 
+    def open_gate(self, address: int, value: int, permit: torch.Tensor, _scratch: object) -> None:
+        """cuda.kernel's, on the current stream."""
+
+        def op() -> bool:
+            if is_permitted(permit):
+                word_at(address).value = GATE + value
+            return True
+
+        self.enqueue(self.current(), op)
+
+    def write_word(self, address: int, value: int, stream: Stream) -> None:
+        """cuda.driver's."""
+
+        def op() -> bool:
+            word_at(address).value = value
+            return True
+
+        self.enqueue(stream, op)
+
+    def wait_word(self, address: int, value: int, stream: Stream) -> None:
+        """cuda.driver's."""
+        self.enqueue(stream, lambda: word_at(address).value == value)
+
     def wait(self, is_over: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + DEADLOCK_S
         with self._changed:
             while not is_over():
                 assert time.monotonic() < deadline_s
                 self._changed.wait(0.01)
+
+
+def word_at(address: int) -> ctypes.c_int64:
+    return ctypes.c_int64.from_address(address)
+
+
+def is_permitted(permit: torch.Tensor) -> bool:
+    address, value = permit.tolist()
+    return not address or word_at(address).value == value
 
 
 class Stream:
@@ -239,12 +282,33 @@ def _patch_package(patch: pytest.MonkeyPatch, device: Device) -> None:
     copier, driver, nccl, pair = (
         importlib.import_module(f"{PACKAGE}.{name}") for name in ("copier", "driver", "nccl", "nccl_pair")
     )
-    for name in ("bind", "pin", "unpin"):
+    for name in ("bind", "pin", "unpin", "free", "unmap_memory", "end_stream"):
         patch.setattr(driver, name, lambda *_: None)
     for name in ("copy_to_host", "copy_from_host"):
         patch.setattr(driver, name, device.move)
+    _patch_memory(patch, driver)
+    for name in ("write_word", "wait_word"):
+        patch.setattr(driver, name, getattr(device, name))
+    patch.setattr(driver, "make_stream", device.stream)
     patch.setattr(copier, "copy_blocks", device.copy_blocks)
+    patch.setattr(copier, "open_gate", device.open_gate)
     gpus = itertools.count()
     patch.setattr(nccl, "gpu_identity", lambda _: str(next(gpus)))
     patch.setattr(nccl, "new_id", lambda: secrets.token_bytes(8))
     patch.setattr(pair, "Communicator", functools.partial(Communicator, device, pair.NcclError))
+
+
+def _patch_memory(patch: pytest.MonkeyPatch, driver: ModuleType) -> None:
+    """A handle is the address: P and D are one process here."""
+    kept: list[object] = []
+
+    def allocate(size_bytes: int) -> int:
+        kept.append(memory := (ctypes.c_uint64 * (size_bytes // 8))())
+        return ctypes.addressof(memory)
+
+    patch.setattr(driver, "allocate", allocate)
+    patch.setattr(driver, "write_words", lambda *_: None)
+    patch.setattr(driver, "allocation_of", lambda address: (address, 0))
+    patch.setattr(driver, "export_memory", lambda base: base.to_bytes(8))
+    patch.setattr(driver, "map_memory", int.from_bytes)
+    patch.setattr(torch.cuda, "get_device_name", lambda _: "simulated")

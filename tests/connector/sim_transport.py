@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from twolane.connector.layout import KVLayout, Region
-from twolane.connector.transport.base import Extent, Fence, Items, Ticket
+from twolane.connector.transport.base import Extent, Fence, Items, Opening, Ticket
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.connector.transport.pace import Forecast
 from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf, ShmSend, ShmSendChannel
@@ -301,7 +301,7 @@ class DirectSendChannel:
     def room(self, num_blocks: int, first_layer: int, fence: Fence) -> Extent:
         return Extent(num_blocks, range(first_layer, LAYERS))
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
+    def push(self, sources: Items, targets: Items, fence: Fence, opening: Opening | None = None) -> Ticket:
         def is_permitted() -> bool:
             return self._permit in self._way.permits
 

@@ -122,7 +122,7 @@ def test_a_step_waits_for_the_last_byte_and_no_longer(prefill: Prefill, decode: 
     engine, due = begin_early(prefill, decode, computed)
     assert due == ["d"]
     assert decode.agent.take_due() == [], "each once"
-    step = threading.Thread(target=decode.agent.await_started, args=(due,))
+    step = threading.Thread(target=decode.agent.hold_started, args=(due,))
     step.start()
     step.join(0.1)
     assert step.is_alive(), "the step began before the last byte was there"
@@ -143,7 +143,7 @@ def test_a_last_byte_that_never_comes_ends_the_wait(
     monkeypatch.setattr(decode_agent, "LIMIT_S", 0.2)
     never = threading.Event()
     engine, due = begin_early(prefill, decode, never)
-    decode.agent.await_started(due)
+    decode.agent.hold_started(due)
     finished = decode.agent.take_finished(patient=False)
     assert finished.req_ids == {"d"}
     assert finished.invalid_block_ids == {20, 21, 22}
@@ -158,7 +158,7 @@ def test_a_p_that_is_far_too_late_gives_no_head_start_for_a_while(
     computed = threading.Event()
     engine, due = begin_early(prefill, decode, computed)
     threading.Timer(0.3, computed.set).start()
-    decode.agent.await_started(due)
+    decode.agent.hold_started(due)
     engine.join(10)
     decode.wait_finished()
     prefill.finish()

@@ -19,10 +19,10 @@ import torch
 
 from twolane.connector.layout import layout_of
 from twolane.connector.settings import ConnectorSettings
-from twolane.connector.transport.base import Items, ReceiveChannel, Ticket
+from twolane.connector.transport.base import Gate, Items, ReceiveChannel, Ticket
 from twolane.connector.transport.hub import Receivers
 from twolane.connector.transport.select import receivers_for
-from twolane.protocol import TransportOffer
+from twolane.protocol import GateWord, TransportOffer
 
 NUM_BLOCKS = 8
 Footprint = tuple[int, int, int]  # descriptors, mappings of arenas, free GPU memory in MiB
@@ -64,6 +64,10 @@ def footprint() -> Footprint:
 class Session:
     """The child's side: does what the test asks, one call after the other."""
 
+    _gate: Gate
+    _stepped: torch.cuda.Event
+    _seen: dict[str, torch.Tensor]
+
     def __init__(self) -> None:
         self._kv: dict[str, torch.Tensor] = {}
         self._receivers: Receivers | None = None
@@ -104,6 +108,30 @@ class Session:
 
     def close(self, channel: int) -> None:
         self._channels[channel].close()
+
+    def launch_behind_gate(self, channel: int) -> GateWord | None:
+        """A step on a GPU whose memory is all zeros, that reads it behind a gate. None: this transport has none."""
+        gate = self._channels[channel].gate()
+        if gate is None or not gate.is_kept:
+            return None
+        self._gate = gate
+        self._seen = {name: tensor.zero_().clone() for name, tensor in self._kv.items()}
+        torch.cuda.synchronize()
+        gate.hold()
+        for name, tensor in self._kv.items():
+            self._seen[name].copy_(tensor, non_blocking=True)
+        self._stepped = torch.cuda.Event()
+        self._stepped.record()
+        return gate.word
+
+    def has_stepped(self) -> bool:
+        return bool(self._stepped.query())
+
+    def seen(self) -> dict[str, torch.Tensor]:
+        """What that step read."""
+        seen = {name: tensor.cpu() for name, tensor in self._seen.items()}
+        self._gate.close()
+        return seen
 
     def contents(self) -> dict[str, torch.Tensor]:
         return {name: tensor.cpu().clone() for name, tensor in self._kv.items()}

@@ -15,7 +15,7 @@ from tests.contract.target import NUM_BLOCKS, Footprint, Memory, TargetProcess, 
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
 from twolane.connector.parts import Cursor, Part
-from twolane.connector.transport.base import Extent, Fence, Items, SendChannel, Ticket
+from twolane.connector.transport.base import Extent, Fence, Items, Opening, SendChannel, Ticket
 from twolane.connector.transport.hub import Senders
 from twolane.connector.transport.select import senders_for
 from twolane.errors import TransferError
@@ -226,6 +226,23 @@ def test_a_revoked_p_writes_nothing_more(pair: Pair) -> None:
     time.sleep(pair.target.revoke(link.number))
     pair.push(link, [(0, 0)])
     assert not any(tensor.any() for tensor in pair.target.contents().values())
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_ds_gpu_reads_behind_a_gate_is_all_there(pair: Pair, is_over: bool) -> None:
+    """P's pass goes on when the push begins, or is over."""
+    link, blocks = pair.connect(), Items(list(range(NUM_BLOCKS)), pair.layers)
+    for _ in range(10):
+        if (word := pair.target.launch_behind_gate(link.number)) is None:
+            pytest.skip("D reads what it has copied itself")
+        if not is_over:
+            torch.cuda._sleep(100_000_000)  # some 50 ms
+        ticket = link.channel.push(blocks, blocks, pair.senders.fence(), Opening(word, []))
+        if not is_over:
+            assert not pair.target.has_stepped()
+        pair.wait(ticket)
+        for name, tensor in pair.target.seen().items():
+            assert torch.equal(tensor, pair.source[name].cpu())
 
 
 def test_a_slot_has_one_owner_until_it_is_given_back(pair: Pair) -> None:

@@ -77,6 +77,7 @@ class Arrivals:
         if not incoming.is_over or self._open.get(incoming.transfer_id) is not incoming:
             return False
         del self._open[incoming.transfer_id]
+        incoming.close_gate()
         self._report(incoming)
         return True
 
@@ -171,6 +172,11 @@ class Arrivals:
     def open_of(self, req_ids: Container[str]) -> list[Incoming]:
         """Those of these requests to whose blocks something may still be written."""
         return [one for one in self._open.values() if one.req_id in req_ids]
+
+    def held(self, early: list[Incoming]) -> None:
+        """A step waits for these."""
+        for incoming in early:
+            self._story.note(incoming, "held")
 
     def started_early(self, early: list[Incoming], waited_s: float, now_s: float) -> None:
         """A step waited so long for these, and computes now. A P that was far too late gives no head start for a

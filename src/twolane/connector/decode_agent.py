@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 import zmq
@@ -33,9 +34,18 @@ PATIENCE_S = 0.002
 LAST_WORDS_MS = 200  # how long a closed connection may go on sending
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """A step computes with these requests, of which some wait for their last bytes."""
+
+    req_ids: list[str]
+    early: list[Incoming]
+    since_s: float
+
+
 class DecodeAgent(Agent):
-    """State, guarded by `lock`: the side, what the engine's thread said and the agent's hasn't heard yet, messages to
-    send. The sockets belong to the agent's thread alone."""
+    """State, guarded by `lock`: the side, what the engine's thread said and the agent's hasn't heard yet, what a step
+    waits for, messages to send. The sockets belong to the agent's thread alone."""
 
     def __init__(
         self,
@@ -54,7 +64,7 @@ class DecodeAgent(Agent):
         self._leaving: list[zmq.Socket[bytes]] = []  # closed once their last words are sent
         self._steps: list[tuple[StepPlan, Ticket]] = []
         self._landed = threading.Condition(self.lock)
-        self._hopeless: list[Incoming] = []  # a step has waited for these in vain
+        self._awaited: Awaited | None = None
         self._has_reported = False  # in the last step: the engine is about to compute
         self._side = make_side(self)
         self._arrivals = self._side.arrivals
@@ -73,26 +83,39 @@ class DecodeAgent(Agent):
 
     def end_step(self) -> None:
         """After a forward pass was launched. Takes the lock only behind a step that took up a transfer."""
+        self.await_started()
         if self._arrivals.is_stepping:
             with self.lock:
                 self._arrivals.end_step()
 
-    def await_started(self, req_ids: list[str]) -> None:
-        """Before the forward pass that computes with these: returns when nothing is written to their blocks any more,
-        whether all has landed or not. Raises RuntimeError where that can't be had: a wrong token is worse."""
+    def hold_started(self, req_ids: list[str]) -> None:
+        """Before the forward pass that computes with these. From here on the GPU waits for their last bytes where each
+        has a gate, and this thread only once the pass is launched (`end_step`); else it waits here."""
+        with self.lock:
+            early = self._arrivals.open_of(req_ids)
+            self._awaited = Awaited(req_ids, early, time.monotonic())
+            self._arrivals.held(early)
+            is_gated = bool(early) and all(one.hold() for one in early)
+        if not is_gated:
+            self.await_started()
+
+    def await_started(self) -> None:
+        """Returns when nothing is written any more to the blocks of what was held, whether all has landed or not.
+        Raises RuntimeError where that can't be had: a wrong token is worse."""
+        awaited = self._awaited
+        if awaited is None:
+            return
 
         def is_over() -> bool:
-            return not self._arrivals.open_of(req_ids)
+            return not self._arrivals.open_of(awaited.req_ids)
 
         with self.lock:
-            began_s, early = time.monotonic(), self._arrivals.open_of(req_ids)
             if not self._landed.wait_for(is_over, LIMIT_S):
-                self._hopeless = early
-                self.wake()
+                self.wake()  # it gives them up
                 if not self._landed.wait_for(is_over, GIVE_UP_S):
                     raise RuntimeError(f"a transfer that was given up didn't end within {GIVE_UP_S:g} s")
-            now_s = time.monotonic()
-            self._arrivals.started_early(early, now_s - began_s, now_s)
+            self._awaited, now_s = None, time.monotonic()
+            self._arrivals.started_early(awaited.early, now_s - awaited.since_s, now_s)
 
     def take_finished(self, *, patient: bool, may_start_early: bool = False) -> Finished:
         """`patient`: the step computes nothing, so a transfer that lands within `PATIENCE_S` is worth waiting for, or
@@ -191,8 +214,8 @@ class DecodeAgent(Agent):
             for plan, gate in steps:
                 self._side.begin_step(plan, gate, now_s)
             self._side.settle(now_s)
-            hopeless, self._hopeless = self._hopeless, []
-            self._side.give_up(hopeless, now_s)
+            if self._awaited is not None and now_s > self._awaited.since_s + LIMIT_S:
+                self._side.give_up(self._awaited.early, now_s)
             self._side.tick(now_s)
             self.tell_proxy(self._side.problem or self._locked_out.problem(now_s))
             deadline_s = self._side.next_deadline_s

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from twolane.connector.numbering import Numbering
-from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, SendChannel, SendTransports, Ticket
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, SendChannel, SendTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import Hello, Identity, KVFormat, Mismatch, Refused, ToDecode, ToPrefill, Welcome
 
@@ -42,10 +42,10 @@ class DecodePeer:
         """See SendChannel."""
         return self.channel.room(num_blocks, first_layer, fence) if self.channel is not None else NO_ROOM
 
-    def push(self, sources: Items, targets: Items, fence: Fence, now_s: float) -> Ticket:
+    def push(self, sources: Items, targets: Items, fence: Fence, now_s: float, opening: Opening | None) -> Ticket:
         """Where there is room. A slot is lent until D gives it back."""
         assert self.channel is not None
-        ticket = self.channel.push(sources, targets, fence)
+        ticket = self.channel.push(sources, targets, fence, opening)
         if ticket.slot is not None:
             self.lent[ticket.slot] = now_s
         return ticket

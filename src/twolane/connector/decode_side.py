@@ -7,6 +7,8 @@ lock.
 
 from __future__ import annotations
 
+import msgspec
+
 from twolane.connector.agent import logger
 from twolane.connector.arrivals import Arrivals
 from twolane.connector.plan import Drop, StepPlan
@@ -228,7 +230,9 @@ class DecodeSide:
         else:
             incoming.announced(now_s)
             peer.transfers[incoming.transfer_id] = incoming
-            self._peers.say(peer, incoming.announce)
+            incoming.gate = peer.channel.gate()
+            word = incoming.gate.word if incoming.gate is not None else None
+            self._peers.say(peer, msgspec.structs.replace(incoming.announce, gate=word))
             self._story.note(incoming, "announce_sent")
 
     def _on_read(self, peer: PrefillPeer, read: Read, now_s: float) -> None:

@@ -5,8 +5,9 @@ vLLM needs a while from hearing that a request's KV is there until it computes w
 that computed nothing, hears of a step one step later, and takes up the request with all its token ids. All of that can
 happen while P computes its last layers. P says when it will be through (protocol.Soon), D's workers say that it is
 soon, and the scheduler takes the request up as if the KV were there (`HeadStarts.commit`); the step that computes with
-it waits first (DecodeAgent.await_started). Only an engine that computes nothing else does so: no stream waits for
-another's KV.
+waits (DecodeAgent.hold_started): the GPU does, at a gate that P's last kernel opens, where P writes to its memory
+(transport/cuda/gates.py), so that the launch is over by then, too; else the engine's thread before the launch. Only an
+engine that computes nothing else does so: no stream waits for another's KV.
 
 If the KV doesn't come, the step computes with what isn't there. Its token must not get out, and nor must that of the
 step behind it, which vLLM has launched by then: take_back.TakesBack sees to that, and without it there is no head

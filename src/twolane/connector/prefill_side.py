@@ -18,7 +18,7 @@ from twolane.connector.settings import ConnectorSettings
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
 from twolane.connector.transfer import Computing, Outgoing
-from twolane.connector.transport.base import SendTransports, Ticket
+from twolane.connector.transport.base import Opening, SendTransports, Ticket
 from twolane.errors import TransferError
 from twolane.protocol import (
     Abort,
@@ -262,11 +262,18 @@ class PrefillSide:
         return False
 
     def _push(self, outgoing: Outgoing, known: DecodePeer, part: Part, now_s: float) -> None:
-        ticket = known.push(outgoing.sources(part), outgoing.targets(part), outgoing.push_fence, now_s)
+        items = outgoing.sources(part), outgoing.targets(part)
+        ticket = known.push(*items, outgoing.push_fence, now_s, self._opening(outgoing, part))
         self._turn += 1
         outgoing.turn = self._turn
         outgoing.begun(part)
         self._flights.append(Flight(outgoing, part, ticket))
+
+    def _opening(self, outgoing: Outgoing, part: Part) -> Opening | None:
+        gate = outgoing.announce.gate if outgoing.announce is not None else None
+        if gate is None or not outgoing.is_last(part):
+            return None
+        return Opening(gate, [flight.ticket for flight in self._flights if flight.outgoing is outgoing])
 
     def settle(self, now_s: float) -> None:
         """Tells D of pushes that are done, and of transfers that are over."""

@@ -29,6 +29,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     `slot_bytes`, `num_slots`: P's staging memory, and D's for `tcp`: what it may hold; 0: what suits the device.
     `head_start_ms`: D's engine takes a request up so long before its last byte is due, if it has nothing else to do,
     and if its scheduler is `twolane.connector.take_back.make_scheduler`; 0: never.
+    `wait_on_gpu`: over `cuda_ipc` D's GPU waits for the last byte then, and not the engine's thread.
     `trace_file`: for benchmarks; see story.Story.
     `fault`: for tests only. `zero_kv` makes P send zeros in place of KV, to show that a comparison would notice;
     `drop_tenth` makes P lose every tenth message to D; `false_soon` makes it say that a prompt's end is due when D
@@ -47,6 +48,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     slot_bytes: int = 0
     num_slots: int = 8
     head_start_ms: float = 6.0
+    wait_on_gpu: bool = True
     trace_file: str = ""
     fault: Literal["", "zero_kv", "drop_tenth", "false_soon"] = ""
 

@@ -19,9 +19,10 @@ Event = Literal[
     "pushed",  # P: the last byte is in D's blocks, or in the last slot
     "allocated",  # D: the scheduler gave the blocks
     "announce_sent",  # D
+    "held",  # D: a step that computes with it begins before its last byte is there, and waits
     "landed",  # D: the last byte is in the blocks, and D knows it
     "reported",  # D: the engine was told
-    "stepped",  # D: the forward pass that follows was launched
+    "stepped",  # D: the forward pass that computes with it was launched, and has nothing to wait for any more
     "ended",  # D: the scheduler has the last token, or the request was aborted
 ]
 

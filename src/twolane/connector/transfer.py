@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from twolane.connector.parts import Cursor, Part
 from twolane.connector.stats import Cause
-from twolane.connector.transport.base import Extent, Fence, Items
+from twolane.connector.transport.base import Extent, Fence, Gate, Items
 from twolane.errors import TransferError
 from twolane.protocol import Announce
 
@@ -148,6 +148,10 @@ class Outgoing:
         """That much from the cursor on."""
         return Part(self.cursor.block, *extent)
 
+    def is_last(self, part: Part) -> bool:
+        """Nothing is left to be sent behind it."""
+        return part.first_block + part.num_blocks == self.num_blocks and part.layers.stop == self.num_layers
+
     def sources(self, part: Part) -> Items:
         """In P's blocks."""
         assert self.announce is not None
@@ -210,6 +214,7 @@ class Incoming:
     announced_at_s: float = 0.0
     expected_at_s: float = 0.0  # P's forecast of the end; 0: none
     told_soon: bool = False  # the engine was told of it
+    gate: Gate | None = None  # on which the GPU may wait for the last byte
     state: IncomingState = IncomingState.ALLOCATED
     cursor: Cursor = field(init=False)  # up to where reads were begun
     landed: Cursor = field(init=False)
@@ -273,6 +278,19 @@ class Incoming:
         """P writes no more, or can't."""
         self.is_fenced = True
         self._settle()
+
+    def hold(self) -> bool:
+        """Whether the GPU waits for the last byte from here on, and P will end that."""
+        if self.gate is None or not self.gate.is_kept:
+            return False
+        self.gate.hold()
+        return True
+
+    def close_gate(self) -> None:
+        """It is over."""
+        if self.gate is not None:
+            self.gate.close()
+            self.gate = None
 
     def _settle(self) -> None:
         if self.state is IncomingState.ENDING and self.is_fenced and self.in_flight == 0:

@@ -167,7 +167,7 @@ class WorkerSide:
         self._plan, self._is_idle, self._may_start_early = plan, plan.is_empty, plan.may_start_early
         self._agent.begin_step(plan)
         if plan.started and self._decode is not None:
-            self._decode.await_started(plan.started)
+            self._decode.hold_started(plan.started)
         self._agent.tell_load(plan.load)
 
     def end_forward(self) -> None:
@@ -188,6 +188,7 @@ class WorkerSide:
         if self._prefill is not None:
             return self._prefill.take_finished(finished_req_ids), set()
         assert self._decode is not None
+        self._decode.await_started()  # where no forward pass was said to be launched
         finished: Finished = self._decode.take_finished(patient=self._is_idle, may_start_early=self._may_start_early)
         self._invalid_block_ids |= finished.invalid_block_ids
         if self._may_start_early:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from twolane.connector.transport.pace import Forecast
-from twolane.protocol import TransportOffer
+from twolane.protocol import GateWord, TransportOffer
 
 Wake = Callable[[], None]  # from any thread: some ticket may be done
 
@@ -111,6 +111,32 @@ class Ticket:
     is_intact: Callable[[], bool] = field(default=lambda: True, repr=False)
 
 
+class Opening(NamedTuple):
+    """A transfer's last push sets the gate as soon as it and these of the same transfer, begun before it, are done."""
+
+    gate: GateWord
+    after: list[Ticket]
+
+
+class Gate(Protocol):
+    """One transfer's: D's GPU waits there for the last byte, so that D may launch what reads it before it is there."""
+
+    word: GateWord
+
+    @property
+    def is_kept(self) -> bool:
+        """P has said that it will open it."""
+        ...
+
+    def hold(self) -> None:
+        """Engine's thread: what is enqueued on the current stream from now on waits until it is open."""
+        ...
+
+    def close(self) -> None:
+        """The transfer is over, and P can't open it any more: nobody waits any longer, and it may be another's."""
+        ...
+
+
 class SendChannel(Protocol):
     """P's half towards one D worker."""
 
@@ -124,8 +150,9 @@ class SendChannel(Protocol):
         gone; see extent_of_slot. NO_ROOM: nothing until a slot comes back."""
         ...
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
-        """Begins to move P's `sources` to D's `targets`, as much as `room` said, behind the fence."""
+    def push(self, sources: Items, targets: Items, fence: Fence, opening: Opening | None = None) -> Ticket:
+        """Begins to move P's `sources` to D's `targets`, as much as `room` said, behind the fence. `opening`: not for
+        staged transports."""
         ...
 
     def release(self, slot: int) -> None:
@@ -192,6 +219,10 @@ class ReceiveChannel(Protocol):
 
     def attach(self, chosen: TransportOffer, pid: int) -> None:
         """P's choice. Raises TransferError where it can't be used."""
+        ...
+
+    def gate(self) -> Gate | None:
+        """For one transfer; the caller closes it. None where there is none."""
         ...
 
     def read(self, slot: int, items: Items) -> Ticket:

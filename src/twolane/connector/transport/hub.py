@@ -6,7 +6,7 @@ from collections.abc import Container
 from typing import Any, Protocol
 
 from twolane.connector.agent import logger
-from twolane.connector.transport.base import Items, ReceiveChannel, SendChannel, Ticket
+from twolane.connector.transport.base import Gate, Items, ReceiveChannel, SendChannel, Ticket
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.pace import Forecast
 from twolane.errors import TransferError
@@ -42,6 +42,10 @@ class ReceiveHalf(Protocol):
     def offer(self) -> dict[str, Any]: ...
 
     def attach(self, data: dict[str, Any], pid: int) -> None: ...
+
+    def gate(self) -> Gate | None:
+        """Where P writes to D's memory by itself."""
+        return None
 
     def read(self, slot: int, items: Items) -> Ticket: ...
 
@@ -142,6 +146,9 @@ class Channel:
         for other in [name for name in self._halves if name != chosen.name]:
             self._halves.pop(other).close()
         self._chosen = half
+
+    def gate(self) -> Gate | None:
+        return next((gate for half in self._halves.values() if (gate := half.gate())), None)
 
     def read(self, slot: int, items: Items) -> Ticket:
         if self._chosen is None:

@@ -22,7 +22,7 @@ import msgspec
 
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, Ticket, extent_of_slot
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.connector.transport.slots import Slots, page_aligned
@@ -134,7 +134,13 @@ class ShmSendChannel:
         sizes = self._arena.layer_bytes, self._arena.room_bytes
         return extent_of_slot(*sizes, num_blocks, first_layer, fence)
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
+    def push(
+        self,
+        sources: Items,
+        targets: Items,  # noqa: ARG002 - D knows its targets
+        fence: Fence,
+        opening: Opening | None = None,  # noqa: ARG002 - D scatters by itself
+    ) -> Ticket:
         slot = self._arena.slots.next_free(self)
         assert slot is not None, "room said so"
         return self._arena.lend(slot, self, sources, fence)

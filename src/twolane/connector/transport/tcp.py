@@ -18,7 +18,7 @@ import zmq
 
 from twolane.connector.layout import KVLayout
 from twolane.connector.settings import ConnectorSettings, keys_of
-from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, Ticket, extent_of_slot
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.data_sockets import (
     DataServer,
@@ -181,7 +181,13 @@ class TcpSendChannel:
         sizes = self._way.layer_bytes, self._room.slot_bytes
         return extent_of_slot(*sizes, num_blocks, first_layer, fence)
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
+    def push(
+        self,
+        sources: Items,
+        targets: Items,  # noqa: ARG002 - D knows its targets
+        fence: Fence,
+        opening: Opening | None = None,  # noqa: ARG002 - D scatters by itself
+    ) -> Ticket:
         if self._line.error:
             return Ticket(0, done=True, error=self._line.error)
         index = self._way.slots.next_free(self, self._room.num_slots)

@@ -16,6 +16,7 @@ from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.kernel import (
     FOLLOWING_PROGRAMS,
     copy_blocks,
+    open_gate,
     permit_of,
 )
 from twolane.connector.transport.cuda.lane import Job, Lane
@@ -28,6 +29,14 @@ from twolane.errors import ConfigError
 Launch = Callable[[torch.Tensor, range, int | None], None]
 
 _MIN_GROUP_BYTES = 4 << 20  # a launch of its own pays from here on
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a copy launches last, behind these that were begun before it."""
+
+    launch: Callable[[], None]
+    after: list[Ticket]
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class CudaCopier:
         self._last_copies: dict[Lane, torch.cuda.Event] = {}
         self.layer_bytes = layout.layer_bytes
         self.always = permit_of(0, 0, self.device)
+        self.scratch = torch.zeros(2, dtype=torch.int64, device=self.device)  # written, never read
         self._bound = threading.local()
         self._warm_up()
 
@@ -87,6 +97,7 @@ class CudaCopier:
         """Compiles the kernel, so that the first request doesn't pay for it."""
         none = torch.zeros((2, 0), dtype=torch.int32, device=self.device)
         copy_blocks(self.planes, self.planes, none, first_plane=0, num_planes=1, permit=self.always)
+        self.open_gate(self.scratch.data_ptr(), 1, self.always)
         torch.cuda.current_stream(self.device).synchronize()
 
     @property
@@ -140,11 +151,18 @@ class CudaCopier:
             self._bound.done = True
 
     def copy(
-        self, owner: object, fence: Fence, sources: Items, targets: list[int], ticket: Ticket, launch: Launch
+        self,
+        owner: object,
+        fence: Fence,
+        sources: Items,
+        targets: list[int],
+        ticket: Ticket,
+        launch: Launch,
+        ending: Ending | None = None,
     ) -> torch.cuda.Event:
         """Moves `sources` to the same layers of `targets` by `launch`, a group of layers each time, behind its mark.
 
-        Returns what is over when all has moved."""
+        Returns what is over when all has moved, and the ending is through."""
         self.bind()
         lane = self._lane(fence)
         with torch.cuda.stream(lane.stream):
@@ -152,7 +170,16 @@ class CudaCopier:
             for first, end, event in self._groups(fence, sources):
                 lane.stream.wait_event(event)
                 launch(block_ids, range(first, end), self._programs(fence, end))
+            if ending is not None:
+                for event in self._moved(ending.after):
+                    lane.stream.wait_event(event)
+                ending.launch()
         return self._begin(lane, owner, ticket, block_ids, self._mark(fence, sources))
+
+    def _moved(self, tickets: list[Ticket]) -> list[torch.cuda.Event]:
+        """Those that aren't through yet."""
+        jobs = [job for job in self._jobs if any(job.ticket is ticket for ticket in tickets)]
+        return [job.moved for job in jobs if job.moved is not None]
 
     def _lane(self, fence: Fence) -> Lane:
         return self.overtaking if fence.is_over() else self.following
@@ -298,6 +325,10 @@ class CudaCopier:
             permit=self.always if permit is None else permit,
             num_programs=num_programs,
         )
+
+    def open_gate(self, address: int, value: int, permit: torch.Tensor) -> None:
+        """On the current stream, with permission: see kernel.open_gate."""
+        open_gate(address, value, permit, self.scratch[1:])
 
     def close(self) -> None:
         for lane in (self.following, self.overtaking):

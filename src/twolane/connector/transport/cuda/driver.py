@@ -14,6 +14,10 @@ import torch
 IPC_HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1
 _HOST_REGISTER_PORTABLE = 1
+_STREAM_NON_BLOCKING = 1
+_WAIT_UNTIL_EQUAL = 1
+_WAIT_THEN_FLUSH = 1 << 30
+_CAN_FLUSH_REMOTE_WRITES = 98  # a device attribute
 
 
 class DriverError(Exception):
@@ -31,7 +35,10 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(name: str, *args: object) -> None:
-    status = getattr(_library(), name)(*args)
+    try:
+        status = getattr(_library(), name)(*args)
+    except AttributeError as error:
+        raise DriverError(f"{name}: this driver is too old for it") from error
     if status:
         text = ctypes.c_char_p()
         _library().cuGetErrorName(status, ctypes.byref(text))
@@ -90,6 +97,50 @@ def write_words(address: int, words: list[int]) -> None:
     """Puts 64-bit words into device memory; they are there when it returns."""
     data = (ctypes.c_uint64 * len(words))(*words)
     _call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(8 * len(words)))
+
+
+def make_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that nobody shares, as streams of torch's pool are in the end, and that waits for no other."""
+    handle = ctypes.c_void_p()
+    _call("cuStreamCreate", ctypes.byref(handle), ctypes.c_uint(_STREAM_NON_BLOCKING))
+    return torch.cuda.ExternalStream(handle.value or 0, device=device)
+
+
+def end_stream(stream: torch.cuda.Stream) -> None:
+    """Of `make_stream`."""
+    _call("cuStreamDestroy_v2", ctypes.c_void_p(stream.cuda_stream))
+
+
+def write_word(address: int, value: int, stream: torch.cuda.Stream) -> None:
+    """Enqueued: puts a 64-bit word into this device's memory."""
+    _call(
+        "cuStreamWriteValue64_v2",
+        ctypes.c_void_p(stream.cuda_stream),
+        ctypes.c_uint64(address),
+        ctypes.c_uint64(value),
+        ctypes.c_uint(0),
+    )
+
+
+def wait_word(address: int, value: int, stream: torch.cuda.Stream) -> None:
+    """Enqueued: what comes behind it on the stream waits until the 64-bit word holds the value. It uses no part of the
+    GPU meanwhile. What another device wrote before it wrote the word is visible then."""
+    _call(
+        "cuStreamWaitValue64_v2",
+        ctypes.c_void_p(stream.cuda_stream),
+        ctypes.c_uint64(address),
+        ctypes.c_uint64(value),
+        ctypes.c_uint(_WAIT_UNTIL_EQUAL | _flush_flag()),
+    )
+
+
+@cache
+def _flush_flag() -> int:
+    """Where the device may let one remote write overtake another, it must be told not to."""
+    device, can_flush = ctypes.c_int(), ctypes.c_int()
+    _call("cuCtxGetDevice", ctypes.byref(device))
+    _call("cuDeviceGetAttribute", ctypes.byref(can_flush), ctypes.c_int(_CAN_FLUSH_REMOTE_WRITES), device)
+    return _WAIT_THEN_FLUSH if can_flush.value else 0
 
 
 def copy_to_host(host: int, device: int, size_bytes: int, stream: torch.cuda.Stream) -> None:

@@ -2,12 +2,14 @@
 
 D exports its KV memory (one handle an allocation) and a word of permission for each P. P maps both. A push is one
 launch a group of layers; the kernel looks at D's word before it writes. So D needs nobody's help to get its blocks back
-from a P that hangs: it changes the word, and after `REVOKE_GRACE_S` no kernel that saw the old one still runs.
+from a P that hangs: it changes the word, and after `REVOKE_GRACE_S` no kernel that saw the old one still runs. A
+transfer's last push opens D's gate (gates.py).
 """
 
 from __future__ import annotations
 
 import secrets
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,17 +18,20 @@ import torch
 from twolane.connector.agent import logger
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
-from twolane.connector.transport.base import Extent, Fence, Items, Ticket
+from twolane.connector.transport.base import Extent, Fence, Gate, Items, Opening, Ticket
 from twolane.connector.transport.cuda import driver
-from twolane.connector.transport.cuda.copier import CudaCopier
+from twolane.connector.transport.cuda.copier import CudaCopier, Ending
+from twolane.connector.transport.cuda.gates import GATES_BYTES, NUM_GATES, Gates
 from twolane.connector.transport.cuda.kernel import permit_of
 from twolane.connector.transport.cuda.planes import Plane, PlaneTable, planes_of
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
+from twolane.protocol import GateWord
 
 # A kernel runs for milliseconds once it has begun; the GPU may give its time to other processes in between.
 REVOKE_GRACE_S = 0.25
 _MAX_PEERS = 256
+_PERMITS_BYTES = 8 * _MAX_PEERS
 
 
 class RemotePlane(msgspec.Struct, frozen=True, array_like=True):
@@ -46,9 +51,16 @@ class ExportedMemory(msgspec.Struct, frozen=True):
     num_blocks: int
     handles: list[bytes]
     planes: list[RemotePlane]
-    permit_handle: bytes
+    words_handle: bytes
     permit_index: int
     permit_value: int
+    gates_offset: int  # in the words' allocation
+
+
+class Acceptance(msgspec.Struct, frozen=True):
+    """P's answer."""
+
+    opens_gates: bool = False
 
 
 class IpcReceive(ReceiveWay):
@@ -56,16 +68,25 @@ class IpcReceive(ReceiveWay):
 
     name = "cuda_ipc"
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, *, with_gates: bool = True) -> None:
         """Raises driver.DriverError where this memory can't be exported."""
         self._device = torch.device(layout.device)
         driver.bind(self._device)
         self._num_blocks = layout.num_blocks
         self._planes, self._handles = self._export(planes_of(layout))
-        self.permits = driver.allocate(8 * _MAX_PEERS)
-        driver.write_words(self.permits, [0] * _MAX_PEERS)
-        self._permit_handle = driver.export_memory(self.permits)
+        self._words = driver.allocate(_PERMITS_BYTES + GATES_BYTES)
+        driver.write_words(self._words, [0] * ((_PERMITS_BYTES + GATES_BYTES) // 8))
+        self._words_handle = driver.export_memory(self._words)
         self._free = list(range(_MAX_PEERS))
+        self._stream = driver.make_stream(self._device)
+        self.gates = self._make_gates() if with_gates else None
+
+    def _make_gates(self) -> Gates | None:
+        try:
+            return Gates(self._words + _PERMITS_BYTES, self._device, self._stream)
+        except driver.DriverError as error:
+            logger.warning("this GPU can't wait for a word in its memory, so D's engine will: %s", error)
+            return None
 
     @staticmethod
     def _export(planes: list[Plane]) -> tuple[list[RemotePlane], list[bytes]]:
@@ -92,24 +113,30 @@ class IpcReceive(ReceiveWay):
             self._num_blocks,
             self._handles,
             self._planes,
-            self._permit_handle,
+            self._words_handle,
             index,
             value,
+            _PERMITS_BYTES,
         )
         return msgspec.structs.asdict(exported)
 
     def set_permit(self, index: int, value: int) -> None:
+        """It is there when this returns, also while the engine's stream stands before a gate."""
         driver.bind(self._device)
-        driver.write_words(self.permits + 8 * index, [value])
+        driver.write_word(self._words + 8 * index, value, self._stream)
+        self._stream.synchronize()
 
     def give_back(self, index: int) -> None:
         self._free.append(index)
 
     def close(self) -> None:
-        if self.permits:
+        if self._words:
             driver.bind(self._device)
-            driver.free(self.permits)
-            self.permits = 0
+            if self.gates is not None:
+                self.gates.close()
+            driver.end_stream(self._stream)
+            driver.free(self._words)
+            self._words, self.gates = 0, None
 
 
 class IpcReceiveHalf(ReceiveHalf):
@@ -122,14 +149,23 @@ class IpcReceiveHalf(ReceiveHalf):
         self._way = way
         self._index: int | None = index
         self._value = secrets.randbits(62) | 1
+        self._opens_gates = False
         way.set_permit(index, self._value)
 
     def offer(self) -> dict[str, Any]:
         assert self._index is not None
         return self._way.describe(self._index, self._value)
 
-    def attach(self, data: dict[str, Any], pid: int) -> None:
-        """Nothing: P has mapped this memory, not the other way round."""
+    def attach(self, data: dict[str, Any], pid: int) -> None:  # noqa: ARG002
+        """P has mapped this memory, not the other way round."""
+        try:
+            self._opens_gates = msgspec.convert(data, Acceptance).opens_gates
+        except msgspec.ValidationError as error:
+            raise TransferError(f"the prefill worker's answer is not understood: {error}") from error
+
+    def gate(self) -> Gate | None:
+        gates = self._way.gates
+        return gates.take(lambda: self._opens_gates) if gates is not None else None
 
     def read(self, slot: int, items: Items) -> Ticket:
         raise TransferError(f"slot {slot} of {items.count} items pushed over cuda_ipc, which has no slots")
@@ -174,9 +210,10 @@ class IpcSend(SendWay):
         self._copier.bind()
         sources = self._zeros[0] if self._zeros else self._copier.planes
         try:
-            return IpcSendChannel(self._copier, sources, exported), {}
+            channel = IpcSendChannel(self._copier, sources, exported)
         except driver.DriverError as error:
             raise TransferError(f"can't map the decode worker's GPU memory ({exported.device}): {error}") from error
+        return channel, msgspec.structs.asdict(Acceptance(opens_gates=True))
 
     def close(self) -> None: ...
 
@@ -194,11 +231,12 @@ class IpcSendChannel:
         self._mapped: list[int] = []
         try:
             bases = [self._map(handle) for handle in exported.handles]
-            permit = self._map(exported.permit_handle) + 8 * exported.permit_index
+            words = self._map(exported.words_handle)
         except driver.DriverError:
             self._unmap()
             raise
-        self._permit = permit_of(permit, exported.permit_value, copier.device)
+        self._permit = permit_of(words + 8 * exported.permit_index, exported.permit_value, copier.device)
+        self._gates = words + exported.gates_offset
         self._targets = PlaneTable(
             [Plane(bases[p.allocation] + p.offset, p.stride_bytes, p.size_bytes) for p in exported.planes],
             copier.device,
@@ -220,12 +258,17 @@ class IpcSendChannel:
         """All: the copier follows the layers by itself."""
         return Extent(num_blocks, range(first_layer, self._copier.num_layers))
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:
+    def push(self, sources: Items, targets: Items, fence: Fence, opening: Opening | None = None) -> Ticket:
         assert 0 <= min(targets.blocks) <= max(targets.blocks) < self._num_blocks
         assert 0 <= min(sources.blocks) <= max(sources.blocks) < self._copier.num_blocks
         ticket = Ticket(sources.size_bytes(self._copier.layer_bytes))
-        self._copier.copy(self, fence, sources, targets.blocks, ticket, self._launch)
+        ending = Ending(partial(self._open, opening.gate), opening.after) if opening is not None else None
+        self._copier.copy(self, fence, sources, targets.blocks, ticket, self._launch, ending)
         return ticket
+
+    def _open(self, gate: GateWord) -> None:
+        if 0 <= gate.index < NUM_GATES:
+            self._copier.open_gate(self._gates + 8 * gate.index, gate.value, self._permit)
 
     def _launch(self, block_ids: torch.Tensor, layers: range, programs: int | None) -> None:
         self._copier.launch(self._sources, self._targets, block_ids, layers, programs, self._permit)

@@ -1,6 +1,5 @@
-"""The one kernel of all GPU transports: copies blocks between two paged memories, layer by layer, in one launch.
-
-Source and target are tables of planes, see planes.py.
+"""The kernels of the GPU transports. One copies blocks between two paged memories, layer by layer, in one launch;
+source and target are tables of planes, see planes.py. The other tells the target's GPU that all are there.
 """
 
 from __future__ import annotations
@@ -50,6 +49,37 @@ def _copy(  # type: ignore[no-untyped-def]
                 offsets = start + tl.arange(0, tile_words)
                 mask = offsets < num_words
                 tl.store(target_words + offsets, tl.load(source_words + offsets, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["address", "value"])
+def _open(  # type: ignore[no-untyped-def]
+    address,
+    value,
+    permit,  # as above
+    scratch,  # int64 [1]
+):
+    word, allowed = tl.load(permit), tl.load(permit + 1)
+    found = allowed
+    if word != 0:
+        found = tl.load(word.to(tl.pointer_type(tl.int64)), volatile=True)
+    # A fence between the bytes of the kernels before and the word. On memory of our own: not every link has atomics.
+    tl.atomic_add(scratch, 1, sem="acq_rel", scope="sys")
+    if found == allowed:
+        tl.store(address.to(tl.pointer_type(tl.int64)), value)
+
+
+_FIRST_VALUE = 1 << 40  # Triton compiles anew for an integer that fits into 32 bits
+
+
+def open_gate(address: int, value: int, permit: torch.Tensor, scratch: torch.Tensor) -> None:
+    """Enqueued on the current stream: the 64-bit word at the address, on whichever GPU, becomes `gate_value(value)`
+    once the copies before are there. `permit` as in copy_blocks; `scratch`: a word of this GPU that nobody reads."""
+    _open[(1,)](address, gate_value(value), permit, scratch, num_warps=1)
+
+
+def gate_value(value: int) -> int:
+    """What stands for it in a word."""
+    return _FIRST_VALUE + value
 
 
 def permit_of(address: int, value: int, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,7 @@ class Job:
     owner: object
     keeps: object  # what the GPU still reads
     is_through: bool = False
+    moved: torch.cuda.Event | None = None  # over when the GPU is through with it
 
 
 class Waiter:
@@ -75,6 +76,7 @@ class Lane:
         """Everything of the job is on the stream."""
         done = torch.cuda.Event(blocking=True)
         done.record(self.stream)
+        job.moved = done
         self.waiter.add(ready, done, job)
         return done
 

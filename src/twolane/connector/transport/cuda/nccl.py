@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import torch
 
-from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Ticket, extent_of_slot
+from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, Ticket, extent_of_slot
 from twolane.connector.transport.cuda.copier import CudaCopier
 from twolane.connector.transport.cuda.lane import Waiter
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
@@ -108,7 +108,13 @@ class NcclSendChannel:
             return NO_ROOM
         return extent_of_slot(self._copier.layer_bytes, self._meeting.slot_bytes, num_blocks, first_layer, fence)
 
-    def push(self, sources: Items, targets: Items, fence: Fence) -> Ticket:  # noqa: ARG002 - D knows its targets
+    def push(
+        self,
+        sources: Items,
+        targets: Items,  # noqa: ARG002 - D knows its targets
+        fence: Fence,
+        opening: Opening | None = None,  # noqa: ARG002 - D scatters by itself
+    ) -> Ticket:
         if self.error:
             return Ticket(0, done=True, error=self.error)
         loan, buffer = self._num_lent, self._buffers[self._num_lent % len(self._buffers)]

@@ -43,7 +43,7 @@ def receivers(layout: KVLayout, settings: ConnectorSettings, wake: Wake, poller:
     made: list[ReceiveWay] = []
     if settings.transport in ("auto", "cuda_ipc"):
         try:
-            made.append(IpcReceive(layout))
+            made.append(IpcReceive(layout, with_gates=settings.wait_on_gpu))
         except DriverError as error:
             reason = f"this GPU memory can't be mapped by other processes ({error}; expandable segments?)"
             if settings.transport == "cuda_ipc":
