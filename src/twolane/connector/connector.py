@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from twolane.connector.first_text import decode_prompt_ends_only
 from twolane.connector.load import LoadMeter
 from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
 from twolane.connector.plan import StepPlan
@@ -216,4 +217,6 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> TwoLanePromMetrics:
+        """The one hook that vLLM calls in its API server's process."""
+        decode_prompt_ends_only()
         return TwoLanePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
