@@ -132,7 +132,8 @@ def _what(group: argparse._ArgumentGroup) -> None:
         "--setups",
         default="auto",
         help="comma between them: auto, cuda_ipc, nccl, shm, tcp (1P1D with that transport), nixl, p2pnccl (1P1D with "
-        "vLLM's connectors), plain (one instance without a connector), aggregated (two such behind the proxy). "
+        "vLLM's connectors), plain (one instance without a connector), plain_graphs (one with P's CUDA graphs), "
+        "aggregated (two plain ones behind the proxy). "
         "NAME@KEY=VALUE adds to kv_connector_extra_config. What this machine can't do is skipped, with the reason",
     )
     group.add_argument("--together", action="store_true", help="all setups live at once and alternate; else in turn")

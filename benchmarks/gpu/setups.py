@@ -17,6 +17,7 @@ from benchmarks.gpu.options import Options
 from twolane.bench.lanes import without_connector
 from twolane.config import Kv, Settings
 from twolane.errors import ConfigError
+from twolane.launch.engine import CAPTURE
 from twolane.launch.kv import check_kv
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, make_plan
 
@@ -27,6 +28,7 @@ KINDS: dict[str, Kind] = {
     "nixl": "nixl",
     "p2pnccl": "p2pnccl",
     "plain": "plain",
+    "plain_graphs": "plain",
     "aggregated": "aggregated",
 }
 PORTS_A_SETUP = 40
@@ -135,6 +137,8 @@ def plan_of(setup: Setup, options: Options, settings: Settings, machine: Machine
         services = [spec for spec in services if spec.role != "prefill"]
     if not setup.hands_over:
         services = [without_connector(spec) for spec in services]
+    if setup.name == "plain_graphs":
+        services = [with_args(spec, *CAPTURE) for spec in services]
     if setup.kind == "twolane":
         services = [with_extra(spec, _extra(setup, options, spec)) for spec in services]
     return msgspec.structs.replace(plan, services=tuple(services))
@@ -183,6 +187,10 @@ def with_extra(spec: ServiceSpec, extra: dict[str, object]) -> ServiceSpec:
     config = json.loads(spec.argv[at])
     config["kv_connector_extra_config"].update(extra)
     return msgspec.structs.replace(spec, argv=(*spec.argv[:at], json.dumps(config), *spec.argv[at + 1 :]))
+
+
+def with_args(spec: ServiceSpec, *args: str) -> ServiceSpec:
+    return spec if spec.role == "proxy" else msgspec.structs.replace(spec, argv=(*spec.argv, *args))
 
 
 def routes_of(setup: Setup, plan: Plan) -> list[Route]:

@@ -49,11 +49,13 @@ def test_auto_leaves_the_choice_to_the_connector() -> None:
     assert not {"transport", "trace_file"} & set(extra)
 
 
-@pytest.mark.parametrize(("name", "num_instances"), [("plain", 1), ("aggregated", 2)])
+@pytest.mark.parametrize(("name", "num_instances"), [("plain", 1), ("plain_graphs", 1), ("aggregated", 2)])
 def test_instances_without_a_connector_all_decode(name: str, num_instances: int) -> None:
     plan = plan_for(name, APART)
     assert [spec.role for spec in plan.instances()] == ["decode"] * num_instances
     assert not any("--kv-transfer-config" in spec.argv for spec in plan.services)
+    captures = ["--cudagraph-capture-sizes" in spec.argv for spec in plan.instances()]
+    assert captures == [name == "plain_graphs"] * num_instances
 
 
 def test_a_pair_is_asked_in_two_ways_and_one_is_the_others_baseline() -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from tests.ports import free_ports
 from twolane.launch.configuration import load
+from twolane.launch.engine import without_lane
 from twolane.launch.hardware import inspect_machine
-from twolane.launch.kv import without_kv
 from twolane.launch.model import resolve_model
 from twolane.launch.plan import Plan, ServiceSpec, make_plan
 from twolane.launch.probes import get_json, is_healthy, is_registered, request
@@ -71,7 +71,7 @@ def with_extra(spec: ServiceSpec, **extra: object) -> ServiceSpec:
 
 def without_connector(spec: ServiceSpec) -> ServiceSpec:
     """A single instance, as vLLM is without us."""
-    return msgspec.structs.replace(spec, argv=without_kv(spec.argv))
+    return msgspec.structs.replace(spec, argv=without_lane(spec.argv))
 
 
 @dataclass

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from twolane.config import Settings
 from twolane.errors import ConfigError
+from twolane.launch.engine import without_lane
 from twolane.launch.kv import CONNECTORS, check_kv
 from twolane.launch.options import option
 from twolane.launch.plan import Machine, Plan, ServedModel, ServiceSpec, load_plan, make_plan, save_plan
@@ -86,6 +88,26 @@ def test_gpus_are_given_out_in_order_around_those_that_are_named() -> None:
     ]
     assert services["prefill-2"].env["CUDA_VISIBLE_DEVICES"] == "3"
     assert "--enforce-eager" not in services["prefill-1"].argv
+
+
+def test_p_on_a_gpu_captures_graphs_for_prompts_and_d_does_not() -> None:
+    services = by_name(make_plan(Settings(), FOUR_GPUS, MODEL))
+    at = services["prefill"].argv.index("--cudagraph-capture-sizes")
+    sizes = list(itertools.takewhile(str.isdecimal, services["prefill"].argv[at + 1 :]))
+    assert sizes[:3] == ["1", "2", "4"]
+    assert sizes[-1] == "2048"
+    assert sorted(set(map(int, sizes))) == list(map(int, sizes))
+    assert "--cudagraph-capture-sizes" not in services["decode"].argv
+    assert "--cudagraph-capture-sizes" not in by_name(make_plan(Settings(), CPU, MODEL))["prefill"].argv
+    as_it_is = without_lane(services["prefill"].argv)
+    assert not {"--cudagraph-capture-sizes", "--kv-transfer-config", *sizes} & set(as_it_is)
+    assert set(as_it_is) < set(services["prefill"].argv)
+
+
+@pytest.mark.parametrize("word", ["--enforce-eager", "-O3", "-cc.mode=0", "--max-cudagraph-capture-size=64"])
+def test_whoever_says_how_to_compile_says_what_to_capture(word: str) -> None:
+    services = by_name(make_plan(Settings(prefill_args=(word,)), FOUR_GPUS, MODEL))
+    assert "--cudagraph-capture-sizes" not in services["prefill"].argv
 
 
 @pytest.mark.parametrize(

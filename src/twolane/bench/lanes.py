@@ -17,10 +17,10 @@ from twolane.bench.sweep import SIDES, Side
 from twolane.config import Settings
 from twolane.errors import ConfigError
 from twolane.launch.doctor import Finding, examine
+from twolane.launch.engine import CPU_MAX_MODEL_LEN, without_lane
 from twolane.launch.facts import Facts
-from twolane.launch.kv import without_kv
 from twolane.launch.options import option
-from twolane.launch.plan import CPU_MAX_MODEL_LEN, PORT_STEP, Machine, Plan, ServedModel, ServiceSpec, make_plan
+from twolane.launch.plan import PORT_STEP, Machine, Plan, ServedModel, ServiceSpec, make_plan
 from twolane.launch.ports import taken_ports
 
 PORTS = range(13_000, 32_000, PORT_STEP)  # below those that the system gives to outgoing connections
@@ -69,7 +69,7 @@ def without_connector(spec: ServiceSpec) -> ServiceSpec:
     """An instance as vLLM is without us. The proxy is told that it decodes, and so computes prompts by itself."""
     if spec.role == "proxy":
         return spec
-    return msgspec.structs.replace(spec, argv=without_kv(spec.argv), role="decode")
+    return msgspec.structs.replace(spec, argv=without_lane(spec.argv), role="decode")
 
 
 def renamed(spec: ServiceSpec, name: str) -> ServiceSpec:

@@ -16,9 +16,10 @@ import msgspec
 from twolane.config import GpuGroups, Kv, Settings
 from twolane.errors import ConfigError
 from twolane.launch.configuration import flag
+from twolane.launch.engine import engine_args, engine_env
 from twolane.launch.gpus import assign_gpus, memory_share
 from twolane.launch.kv import Place, kv_args, kv_config, kv_env
-from twolane.launch.options import check_lanes, tensor_parallel_size
+from twolane.launch.options import check_lanes
 
 Role = Literal["proxy", "prefill", "decode"]
 InstanceRole = Literal["prefill", "decode"]
@@ -26,9 +27,7 @@ Engine = Literal["cpu", "cuda"]
 
 PORT_STEP = 10
 RANKS_PER_INSTANCE = 8
-CPU_MAX_MODEL_LEN = 8192
 UNPLACED = Place(host="")
-CPU_KV_SPACE_GIB = 1
 # Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
 PROXY_OPTIONS = (
     *("policy", "min_prefill_tokens", "max_prefill_queue", "max_in_flight", "max_queued", "queue_timeout"),
@@ -228,12 +227,12 @@ def make_instance(
     if share := memory_share(settings, gpus):
         argv += ["--gpu-memory-utilization", share]
     given = [*settings.vllm_args, *(settings.prefill_args if prefill else settings.decode_args)]
-    argv += [*_engine_args(settings, machine, model, given), *kv_args(settings, role, given), *given]
+    argv += [*engine_args(settings, machine, model, role, given), *kv_args(settings, role, given), *given]
     return ServiceSpec(
         name=name,
         role=role,
         argv=tuple(argv),
-        env=_engine_env(settings, machine, model, gpus) | kv_env(settings.kv, kv_port),
+        env=engine_env(settings, machine, model, gpus) | kv_env(settings.kv, kv_port),
         host=place.host,
         http_port=http_port,
         kv_port=kv_port,
@@ -241,38 +240,6 @@ def make_instance(
         gpu_uuids=tuple(machine.gpu_uuids[gpu] for gpu in gpus if gpu in machine.gpu_uuids),
         log=str(Path(place.log_dir or settings.log_dir) / f"{name}.log"),
     )
-
-
-def _engine_args(settings: Settings, machine: Machine, model: ServedModel, given: list[str]) -> list[str]:
-    """`given`: what comes behind them, from the settings."""
-    max_len = settings.max_model_len
-    if machine.engine == "cuda":
-        return ["--max-model-len", str(max_len)] if max_len else []
-    max_len = max_len or min(CPU_MAX_MODEL_LEN, model.max_len or CPU_MAX_MODEL_LEN)
-    # A CPU gains little from compiling a small model, and it takes minutes and a compiler. `uni`: see _engine_env.
-    args = ["--enforce-eager", "--dtype", "float32", "--max-model-len", str(max_len)]
-    return [*args, "--distributed-executor-backend", "uni" if tensor_parallel_size(given) == "1" else "mp"]
-
-
-def _engine_env(settings: Settings, machine: Machine, model: ServedModel, gpus: tuple[int, ...]) -> dict[str, str]:
-    env = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-    if model.local:
-        env["HF_HUB_OFFLINE"] = "1"
-    if gpus:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
-    if machine.engine == "cpu":
-        instances = settings.prefill + settings.decode
-        env["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_KV_SPACE_GIB)
-        # The model in the engine's own process, if it has one rank: as two, which is vLLM's default, each busy-waits
-        # for the other, also while a D only waits for KV, and that takes the core that P computes on (docs/LOG.md).
-        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # vLLM would bind every instance to the same cores, as if it were alone: give each its part, unbound.
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        env["OMP_NUM_THREADS"] = str(max(1, machine.num_cpus // instances))
-        # Parts of the sampler are compiled in spite of --enforce-eager, at the first request that needs them (logprobs
-        # do): that stops the engine for seconds, and kills it where there is no C++ compiler.
-        env["TORCHDYNAMO_DISABLE"] = "1"
-    return env
 
 
 def taken_by(plan: Plan) -> list[tuple[str, int, int]]:
