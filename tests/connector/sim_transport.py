@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from twolane.connector.layout import KVLayout, Region
 from twolane.connector.transport.base import Extent, Fence, Items, Opening, Ticket
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
-from twolane.connector.transport.pace import Forecast
+from twolane.connector.transport.pace import Forecast, PassSize
 from twolane.connector.transport.shm import ShmReceive, ShmReceiveHalf, ShmSend, ShmSendChannel
 from twolane.errors import TransferError
 
@@ -111,8 +111,10 @@ class SimCopier:
         self.memory = memory
         self.ops: list[Op] = []
         self.num_passes = 0
-        self.forecast: Forecast | None = None
+        self.forecasts: list[Forecast] = []
         self._codes = codes
+
+    def begin_pass(self, size: PassSize) -> None: ...
 
     def layer_done(self, layer_name: str) -> None: ...
 

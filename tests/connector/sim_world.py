@@ -200,7 +200,7 @@ class Prefill(Worker):
         self.side.begin_step(plan, self.world.now_s)
         self.give_back(taken)
         self._forward(self.running.get(compute))
-        self.copier.forecast = Forecast(self.copier.num_passes, self.world.now_s + num_tokens * FORECAST_S)
+        self.copier.forecasts = [Forecast(self.copier.num_passes, self.world.now_s + num_tokens * FORECAST_S)]
         self.side.foretell(self.world.now_s)
         if advance:
             self.side.end_step(advance, self.world.now_s)

@@ -5,31 +5,110 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from tests.connector.agents import SETTINGS, Decode, Prefill, wait_for
 from twolane.connector import decode_agent
 from twolane.connector.head_start import HeadStarts
 from twolane.connector.plan import Advance, StepPlan
-from twolane.connector.transport.pace import Pace
+from twolane.connector.transport import pace
+from twolane.connector.transport.cuda.pace_maker import PaceMaker
+from twolane.connector.transport.pace import SHORT_S, Forecast, History, Pace
 
 
-def forecast_s(pace: Pace) -> float | None:
-    return None if pace.forecast is None else pace.forecast.at_s
+def forecast_s(of: Pace) -> float | None:
+    return None if of.forecast is None else of.forecast.at_s
 
 
 def test_a_pace_is_a_straight_line_through_its_pass() -> None:
-    pace = Pace()
-    pace.mark(0, 0.25, 10.0)
-    assert forecast_s(pace) is None
-    pace.mark(0, 0.5, 10.1)
-    assert forecast_s(pace) == pytest.approx(10.3)
-    pace.mark(0, 0.75, 10.4)
-    assert forecast_s(pace) == pytest.approx(10.6)
-    pace.mark(1, 0.25, 10.5)
-    assert forecast_s(pace) is None, "the next pass has only begun"
+    line = Pace()
+    line.mark(0, 0.25, 10.0)
+    assert forecast_s(line) is None
+    line.mark(0, 0.5, 10.1)
+    assert forecast_s(line) == pytest.approx(10.3)
+    line.mark(0, 0.75, 10.4)
+    assert forecast_s(line) == pytest.approx(10.6)
+    line.mark(1, 0.25, 10.5)
+    assert forecast_s(line) is None, "the next pass has only begun"
+
+
+def test_a_short_pass_takes_as_long_as_the_latest_of_its_size() -> None:
+    history, size = History(), (1000, 1000)
+    assert history.expect(size) is None
+    for seconds in (0.9, 0.014, 0.015, 0.016, 0.8):  # the first compiled something, the last one had to wait
+        history.add(size, seconds)
+    assert history.expect(size) == 0.016
+    assert history.expect((1020, 1020)) == 0.016, "nearly as many"
+    assert history.expect((1000, 4000)) is None, "that attend to a longer prompt"
+    assert history.expect((500, 500)) is None
+    for _ in range(5):
+        history.add(size, SHORT_S)
+    assert history.expect(size) is None, "the layers tell that better"
+
+
+class GpuEvent:
+    """A torch.cuda.Event, over when a test says so."""
+
+    def __init__(self) -> None:
+        self.is_awaited, self._is_over = threading.Event(), threading.Event()
+
+    def query(self) -> bool:
+        return self._is_over.is_set()
+
+    def synchronize(self) -> None:
+        self.is_awaited.set()
+        self._is_over.wait()
+
+    def happen(self) -> None:
+        """Once somebody waits for it."""
+        assert self.is_awaited.wait(5.0)
+        self._is_over.set()
+
+
+SIZE = (512, 512)
+
+
+@pytest.fixture
+def pace_maker(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaceMaker]:
+    """To which every pass is a short one."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(pace, "SHORT_S", 60.0)
+    made = PaceMaker(torch.device("cuda"), lambda: None)
+    yield made
+    made.close(1.0)
+
+
+def launch(pace_maker: PaceMaker, number: int) -> GpuEvent:
+    event = GpuEvent()
+    pace_maker.began(number, SIZE)
+    pace_maker.fenced(event)
+    return event
+
+
+def test_a_pass_of_a_known_size_is_foretold_before_it_is_launched(pace_maker: PaceMaker) -> None:
+    first = launch(pace_maker, 0)
+    assert not pace_maker.forecasts
+    first.happen()
+    wait_for(lambda: pace_maker._history.expect(SIZE) is not None)
+    pace_maker.began(1, SIZE)
+    expected_s = pace_maker._history.expect(SIZE)
+    assert expected_s is not None
+    assert pace_maker.forecasts == [Forecast(1, pace_maker._begun.at_s + expected_s)]
+
+
+def test_a_pass_begins_when_the_one_before_is_through(pace_maker: PaceMaker) -> None:
+    pace_maker._history.add(SIZE, 30.0)
+    event = launch(pace_maker, 0)
+    (running,) = pace_maker.forecasts
+    pace_maker.began(1, SIZE)
+    assert pace_maker.forecasts == [running, Forecast(1, running.at_s + 30.0)]
+    pace_maker.began(2, (7, 7))
+    assert [forecast.number for forecast in pace_maker.forecasts] == [1], "of the two latest, what is known"
+    event.happen()
 
 
 @dataclass
@@ -115,6 +194,27 @@ def begin_early(prefill: Prefill, decode: Decode, computed: threading.Event) -> 
     engine = threading.Thread(target=prefill_slowly, args=(prefill, 11, computed))
     engine.start()
     return engine, wait_due(decode)
+
+
+def test_an_idle_step_ends_when_a_forecast_makes_something_due(
+    prefill: Prefill, decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_agent, "PATIENCE_S", 60.0)
+    prefill.offer()
+    decode.receive(prefill.address, [20, 21, 22], num_tokens=10)
+    wait_for(lambda: not decode.agent._side.arrivals.is_empty)
+    began_s = time.monotonic()
+    step = threading.Thread(target=decode.agent.take_finished, kwargs={"patient": True, "may_start_early": True})
+    step.start()
+    computed = threading.Event()
+    engine = threading.Thread(target=prefill_slowly, args=(prefill, 11, computed))
+    engine.start()
+    step.join(30)
+    assert time.monotonic() - began_s < 30, "it waited out its patience"
+    assert decode.agent.take_due() == ["d"]
+    computed.set()
+    engine.join(10)
+    assert decode.wait_finished() == set()
 
 
 def test_a_step_waits_for_the_last_byte_and_no_longer(prefill: Prefill, decode: Decode) -> None:

@@ -151,23 +151,19 @@ class Arrivals:
 
     def take_due(self, now_s: float) -> list[str]:
         """Requests whose last byte is due, for an engine that has nothing else to do; each once."""
-        due = [
-            one
-            for one in self._open.values()
-            if not one.told_soon and one.is_due(now_s, self._head_start_of(one), OVERDUE_S)
-        ]
+        due = [one for one in self._open.values() if self._due_s(one, now_s) <= now_s]
         for incoming in due:
             incoming.told_soon = True
         return [incoming.req_id for incoming in due]
 
     def next_due_s(self, now_s: float) -> float:
-        """When `take_due` will have something, as things look now; infinite if nothing is in sight."""
-        waiting = (one for one in self._open.values() if one.expected_at_s and not one.told_soon)
-        dues = (one.expected_at_s - self._head_start_of(one) for one in waiting)
-        return min((due_s for due_s in dues if due_s > now_s), default=math.inf)
+        """When `take_due` has something, as things look now; infinite if nothing is in sight."""
+        return min((self._due_s(one, now_s) for one in self._open.values()), default=math.inf)
 
-    def _head_start_of(self, incoming: Incoming) -> float:
-        return self._head_start_s + incoming.announce.num_tokens * PER_TOKEN_S
+    def _due_s(self, incoming: Incoming, now_s: float) -> float:
+        if incoming.told_soon:
+            return math.inf
+        return incoming.due_s(now_s, self._head_start_s + incoming.announce.num_tokens * PER_TOKEN_S, OVERDUE_S)
 
     def open_of(self, req_ids: Container[str]) -> list[Incoming]:
         """Those of these requests to whose blocks something may still be written."""

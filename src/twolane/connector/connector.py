@@ -134,7 +134,7 @@ class TwoLaneConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM is unt
         assert self._scheduler is not None
         plan = self._scheduler.take_plan(scheduler_output)
         plan.load = self._load.measure(scheduler_output)
-        plan.is_empty = scheduler_output.total_num_scheduled_tokens == 0
+        plan.num_tokens = scheduler_output.total_num_scheduled_tokens
         return TwoLaneMetadata(**vars(plan))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

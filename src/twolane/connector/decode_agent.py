@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -123,12 +124,21 @@ class DecodeAgent(Agent):
         with self.lock:
             finished = self._arrivals.take_finished()
             if patient and not finished.req_ids and not self._has_reported and not self._arrivals.is_empty:
-                now_s = time.monotonic()
-                due_in_s = self._arrivals.next_due_s(now_s) - now_s if may_start_early else PATIENCE_S
-                self._landed.wait_for(self._arrivals.has_finished, min(PATIENCE_S, due_in_s))
+                self._wait_for_news(may_start_early=may_start_early)
                 finished = self._arrivals.take_finished()
             self._has_reported = bool(finished.req_ids)
         return finished
+
+    def _wait_for_news(self, *, may_start_early: bool) -> None:
+        """Under the lock. A forecast that comes meanwhile may make something due at once."""
+        now_s = time.monotonic()
+        end_s = now_s + PATIENCE_S
+        while now_s < end_s and not self._arrivals.has_finished():
+            due_s = self._arrivals.next_due_s(now_s) if may_start_early else math.inf
+            if due_s <= now_s:
+                return
+            self._landed.wait(min(end_s, due_s) - now_s)
+            now_s = time.monotonic()
 
     def take_due(self) -> list[str]:
         """Requests whose last byte is due; each once. A step that computes nothing asks."""

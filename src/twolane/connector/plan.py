@@ -76,7 +76,7 @@ class StepPlan:
 
     `started`: D's requests that this step computes with though their last byte may be missing (head_start.py).
     `may_start_early`: D may say in this step whose last byte is due.
-    `is_empty`: nothing is computed in this step. `load`: for the registration; None if it isn't known.
+    `num_tokens`: computed in this step, of whomever. `load`: for the registration; None if it isn't known.
     """
 
     receive: list[Receive] = field(default_factory=list)
@@ -88,5 +88,5 @@ class StepPlan:
     ended: list[Ended] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     may_start_early: bool = False
-    is_empty: bool = False
+    num_tokens: int = 0
     load: Load | None = None

@@ -54,7 +54,7 @@ class PrefillAgent(Agent):
     def begin_step(self, plan: StepPlan) -> None:
         with self.lock:
             self._side.begin_step(plan, time.monotonic())
-        if plan.offer or plan.finish:
+        if plan.offer or plan.finish or plan.advance:
             self.wake()
 
     def end_step(self, advances: list[Advance]) -> None:

@@ -7,6 +7,7 @@ lock.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from twolane.connector.agent import logger
@@ -82,6 +83,8 @@ class PrefillSide:
                 scheduled.computing = Computing(self._transports.num_passes, before, advance.num_valid_tokens)
                 if not scheduled.computed_at_s:
                     self._story.note(scheduled, "scheduled", now_s)
+        if plan.advance:
+            self._transports.begin_pass((plan.num_tokens, sum(one.num_valid_tokens for one in plan.advance)))
         for req_id in plan.preempted:
             if preempted := self._offers.of_request(req_id):
                 if preempted.in_flight:
@@ -222,9 +225,7 @@ class PrefillSide:
         """Says to D when the pass that is being computed will be through, again where that has changed."""
         if self._settings.fault == "false_soon":
             self._foretell_falsely(now_s)
-        if (forecast := self._transports.forecast) is None:
-            return
-        for outgoing in self._offers.all():
+        for forecast, outgoing in itertools.product(self._transports.forecasts, self._offers.all()):
             if outgoing.ends_with(forecast.number) and abs(forecast.at_s - outgoing.told_soon_s) > SOON_CHANGES_S:
                 outgoing.told_soon_s = forecast.at_s
                 self._peers.say(outgoing.peer, Soon(outgoing.transfer_id, forecast.at_s))

@@ -47,7 +47,7 @@ class ConnectorSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     transport: Transport = "auto"
     slot_bytes: int = 0
     num_slots: int = 8
-    head_start_ms: float = 6.0
+    head_start_ms: float = 8.0
     wait_on_gpu: bool = True
     trace_file: str = ""
     fault: Literal["", "zero_kv", "drop_tenth", "false_soon"] = ""

@@ -17,6 +17,7 @@ D, `Incoming`: the request owns its blocks throughout; the transfer alone may wr
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 
 from twolane.connector.parts import Cursor, Part
@@ -303,11 +304,11 @@ class Incoming:
         self._settle()
         return self.state in (IncomingState.LANDED, IncomingState.FAILED)
 
-    def is_due(self, now_s: float, head_start_s: float, overdue_s: float) -> bool:
-        """Whether the last byte is expected within `head_start_s`, by a forecast that may still be true."""
-        if self.state is not IncomingState.WAITING or not self.expected_at_s:
-            return False
-        return -overdue_s < self.expected_at_s - now_s <= head_start_s
+    def due_s(self, now_s: float, head_start_s: float, overdue_s: float) -> float:
+        """`head_start_s` before the last byte is expected, by a forecast that may still be true; infinite without."""
+        if self.state is not IncomingState.WAITING or now_s >= self.expected_at_s + overdue_s:
+            return math.inf
+        return self.expected_at_s - head_start_s
 
     def overdue(self, now_s: float, transfer_timeout_s: float) -> bool:
         waits = self.state in (IncomingState.ALLOCATED, IncomingState.WAITING)

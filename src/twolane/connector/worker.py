@@ -164,7 +164,7 @@ class WorkerSide:
 
     def begin_step(self, plan: StepPlan) -> None:
         self._agent.check()
-        self._plan, self._is_idle, self._may_start_early = plan, plan.is_empty, plan.may_start_early
+        self._plan, self._is_idle, self._may_start_early = plan, not plan.num_tokens, plan.may_start_early
         self._agent.begin_step(plan)
         if plan.started and self._decode is not None:
             self._decode.hold_started(plan.started)

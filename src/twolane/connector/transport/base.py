@@ -19,7 +19,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from twolane.connector.transport.pace import Forecast
+from twolane.connector.transport.pace import Forecast, PassSize
 from twolane.protocol import GateWord, TransportOffer
 
 Wake = Callable[[], None]  # from any thread: some ticket may be done
@@ -171,6 +171,10 @@ class SendTransports(Protocol):
         """The best of what D offers, and what D needs to attach. Raises TransferError, which says why none will do."""
         ...
 
+    def begin_pass(self, size: PassSize) -> None:
+        """Engine's thread: a forward pass of that size is about to be launched."""
+        ...
+
     def layer_done(self, layer_name: str) -> None:
         """Engine's thread: the forward pass of this layer was launched."""
         ...
@@ -185,8 +189,9 @@ class SendTransports(Protocol):
         ...
 
     @property
-    def forecast(self) -> Forecast | None:
-        """When the pass whose layers are being computed will be through, once enough of them are."""
+    def forecasts(self) -> Sequence[Forecast]:
+        """When the latest passes will be through, where that is known: as others of their size were, if that is soon,
+        or as their layers are, once enough of them are."""
         ...
 
     def quiesce(self) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from twolane.connector.layout import KVLayout
 from twolane.connector.transport.base import Fence, Items, Ticket, Wake
-from twolane.connector.transport.pace import Forecast, Pace, marks_every
+from twolane.connector.transport.pace import Forecast, Pace, PassSize, marks_every
 
 
 class Copier(Protocol):
-    """`layer_done`, `fence`, `quiesce`: engine's thread, as in base.SendTransports; `passes` too, as in
+    """`begin_pass`, `layer_done`, `fence`, `quiesce`: engine's thread, as in base.SendTransports; `passes` too, as in
     ReceiveTransports.fence. The rest: agent's thread. Slots begin at `address` in this process."""
 
     slot_bytes: int  # what suits this memory, where nothing else is asked for
     num_passes: int  # see base.SendTransports
 
     @property
-    def forecast(self) -> Forecast | None: ...
+    def forecasts(self) -> Sequence[Forecast]: ...
+
+    def begin_pass(self, size: PassSize) -> None: ...
 
     def layer_done(self, layer_name: str) -> None: ...
 
@@ -70,8 +73,11 @@ class HostCopier:
         self.num_passes = 0
 
     @property
-    def forecast(self) -> Forecast | None:
-        return self._pace.forecast
+    def forecasts(self) -> Sequence[Forecast]:
+        return [self._pace.forecast] if self._pace.forecast else []
+
+    def begin_pass(self, size: PassSize) -> None:
+        """Passes are long here: their layers tell early enough."""
 
     def layer_done(self, layer_name: str) -> None:
         index = self._layer_index.get(layer_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 from twolane.connector.agent import logger
@@ -82,6 +82,7 @@ class Senders:
     def __init__(self, copier: Copier, ways: list[SendWay]) -> None:
         self._copier = copier
         self._ways = {way.name: way for way in ways}
+        self.begin_pass = copier.begin_pass
         self.layer_done = copier.layer_done
         self.fence = copier.fence
         self.quiesce = copier.quiesce
@@ -91,8 +92,8 @@ class Senders:
         return self._copier.num_passes
 
     @property
-    def forecast(self) -> Forecast | None:
-        return self._copier.forecast
+    def forecasts(self) -> Sequence[Forecast]:
+        return self._copier.forecasts
 
     def open(self, offers: list[TransportOffer], pid: int, host: str) -> tuple[SendChannel, TransportOffer]:
         reasons = []

@@ -1,11 +1,17 @@
-"""When a forward pass that runs will be through, told from how far it has come. Pure."""
+"""When a forward pass that runs will be through, told from how far it has come, or from others of its size. Pure."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from statistics import median
 
 NUM_MARKS = 8  # how many times a pass is looked at on its way through the layers
 NEAR_S = 0.02
+SHORT_S = 0.05
+
+PassSize = tuple[int, int]  # tokens that it computes, and tokens that those attend to
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,30 @@ class Pace:
             a_layer_s = (now_s - first_s) / (share - first_share)
             self.forecast = Forecast(number, now_s + a_layer_s * (1 - share))
         return self.forecast is not None and self.forecast.at_s - now_s < NEAR_S + (now_s - last_s)
+
+
+class History:
+    """How long passes took, by their size. For short ones alone: of those, the layers tell too late, and the others
+    vary by more than a forecast may be wrong.
+
+    Mutable state: the latest few of each size, of which there are some hundreds.
+    """
+
+    def __init__(self) -> None:
+        self._took_s: defaultdict[tuple[int, ...], deque[float]] = defaultdict(lambda: deque(maxlen=5))
+
+    @staticmethod
+    def _near(size: PassSize) -> tuple[int, ...]:
+        """The same for sizes that differ by less than a tenth."""
+        return tuple(round(8 * math.log2(max(1, number))) for number in size)
+
+    def add(self, size: PassSize, seconds: float) -> None:
+        self._took_s[self._near(size)].append(seconds)
+
+    def expect(self, size: PassSize) -> float | None:
+        """Seconds; None if none like it was seen, or if it is long."""
+        took_s = self._took_s.get(self._near(size))
+        return expected_s if took_s and (expected_s := median(took_s)) < SHORT_S else None
 
 
 def marks_every(num_layers: int) -> int:

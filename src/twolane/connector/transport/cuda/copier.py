@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from twolane.connector.transport.cuda.kernel import (
 from twolane.connector.transport.cuda.lane import Job, Lane
 from twolane.connector.transport.cuda.pace_maker import PaceMaker
 from twolane.connector.transport.cuda.planes import PlaneTable, dense_planes, planes_of
-from twolane.connector.transport.pace import Forecast, marks_every
+from twolane.connector.transport.pace import Forecast, PassSize, marks_every
 from twolane.errors import ConfigError
 
 # (block ids, layers, programs or None for as many as fill the link), on the current stream
@@ -101,10 +101,13 @@ class CudaCopier:
         torch.cuda.current_stream(self.device).synchronize()
 
     @property
-    def forecast(self) -> Forecast | None:
-        return self._pace_maker.forecast
+    def forecasts(self) -> Sequence[Forecast]:
+        return self._pace_maker.forecasts
 
     # -- engine's thread
+
+    def begin_pass(self, size: PassSize) -> None:
+        self._pace_maker.began(self.num_passes, size)
 
     def layer_done(self, layer_name: str) -> None:
         index = self._layer_index.get(layer_name)
@@ -112,12 +115,12 @@ class CudaCopier:
             self._marks = []  # of a pass that never came to its end
         if index is not None and (index + 1) % self._mark_every == 0 and index + 1 < len(self._layer_index):
             self._marks.append((index + 1, self.event_now(blocking=True)))
-            self._pace_maker.launched(self.num_passes, (index + 1) / len(self._layer_index), self._marks[-1][1])
+            self._pace_maker.launched((index + 1) / len(self._layer_index), self._marks[-1][1])
 
     def fence(self) -> Fence:
         marks = [*self._marks, (len(self._layer_index), self.event_now(blocking=True))]
         self._marks = []
-        self._pace_maker.fenced(self.num_passes, marks[-1][1])
+        self._pace_maker.fenced(marks[-1][1])
         self.num_passes += 1
         return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
 
