@@ -9,10 +9,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from twolane.connector.transport.select import receivers_for
 from twolane.protocol import GateWord, TransportOffer
 
 NUM_BLOCKS = 8
+TWO_HOSTS = {"NCCL_HOSTID": "another"}  # of one of both processes: NCCL then takes both on one GPU, and goes by sockets
 Footprint = tuple[int, int, int]  # descriptors, mappings of arenas, free GPU memory in MiB
 
 
@@ -147,7 +149,8 @@ class Session:
         self._channels, self._receivers, self._kv = [], None, {}
 
 
-def _serve(pipe: Connection, make: Callable[[], object]) -> None:
+def _serve(pipe: Connection, make: Callable[[], object], env: Mapping[str, str]) -> None:
+    os.environ.update(env)
     torch.multiprocessing.set_sharing_strategy("file_system")
     session = make()
     while True:
@@ -185,10 +188,10 @@ class Death:
 class TargetProcess:
     """The test's side: every call goes to what the child made, a Session if nothing else is said."""
 
-    def __init__(self, make: Callable[[], object] = Session) -> None:
+    def __init__(self, make: Callable[[], object] = Session, env: Mapping[str, str] = MappingProxyType({})) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, make, dict(env)), daemon=True)
         self._process.start()
         theirs.close()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.target import NUM_BLOCKS, Footprint, Memory, TargetProcess, footprint, no_wake
+from tests.contract.target import NUM_BLOCKS, TWO_HOSTS, Footprint, Memory, TargetProcess, footprint, no_wake
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
 from twolane.connector.parts import Cursor, Part
@@ -129,7 +129,7 @@ def ways() -> list[object]:
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
     on_gpu = [
         pytest.param(("cuda:0", transport), marks=[pytest.mark.gpu, gpu], id=f"gpu-{transport}")
-        for transport in ("shm", "cuda_ipc", "tcp")
+        for transport in ("shm", "cuda_ipc", "tcp", "nccl")
     ]
     two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
     on_gpu += [
@@ -146,14 +146,22 @@ def child() -> Iterator[TargetProcess]:
     process.stop()
 
 
+@pytest.fixture(scope="module")
+def child_elsewhere() -> Iterator[TargetProcess]:
+    process = TargetProcess(env=TWO_HOSTS)
+    yield process
+    process.stop()
+
+
 @pytest.fixture(params=SHAPES)
 def shape(request: pytest.FixtureRequest) -> tuple[int, ...]:
     return SHAPES[request.param]
 
 
 @pytest.fixture(params=ways())
-def pair(request: pytest.FixtureRequest, shape: tuple[int, ...], child: TargetProcess) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, shape: tuple[int, ...]) -> Iterator[Pair]:
     device, transport, *other = request.param
+    child = request.getfixturevalue("child_elsewhere" if request.param == ("cuda:0", "nccl") else "child")
     memory = Memory(shape, device, transport)
     source = memory.make(fill=True)
     senders = senders_for(layout_of(source, NUM_BLOCKS), memory.settings(), no_wake)

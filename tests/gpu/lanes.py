@@ -22,6 +22,7 @@ import pynvml
 import pytest
 import torch
 
+from tests.contract.target import TWO_HOSTS
 from tests.engine.stack import (
     Instance,
     Stack,
@@ -51,9 +52,11 @@ MAX_LEN = 4096
 NUM_TOKENS = 12
 TIE = 1e-4  # nats between the best two tokens: kernels of other shapes may decide otherwise
 BOTH = ("--max-num-batched-tokens", "128", "--max-num-seqs", "64", "--no-enable-prefix-caching", "--seed", "0")
-FLOAT32 = ("--dtype", "float32", "--attention-backend", "TRITON_ATTN", "--enforce-eager")
+FLOAT32 = ("--dtype", "float32", "--attention-backend", "TRITON_ATTN")
+EAGER = ("--enforce-eager",)
 # The KV's size is given, so that instances that start at the same time need not measure what is free.
 SMALL = ("--kv-cache-memory-bytes", str(256 << 20), "--gpu-memory-utilization", "0.05")
+UNCACHED = {"VLLM_DISABLE_COMPILE_CACHE": "1"}  # several compile at the same time, and vLLM writes a file in pieces
 TRUE_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}  # Triton multiplies float32 as TF32 otherwise
 
 
@@ -68,15 +71,15 @@ def report(request: pytest.FixtureRequest, **figures: object) -> None:
 def one_stack(
     log_dir: Path, *more_args: str, prefill_gpu: GpuGroups = ((0,),), decode_gpu: GpuGroups = ((0,),), **extra: object
 ) -> Stack:
-    """1P1D. `extra`: of P's connector."""
+    """1P1D. `extra`: of P's connector. P computes in CUDA graphs, as it does for users. `nccl` works on one GPU too, by
+    sockets."""
     changes: dict[str, Any] = {"model": MODEL, "max_model_len": MAX_LEN}
     if not ON_CPU:
-        changes |= {"prefill_gpu": prefill_gpu, "decode_gpu": decode_gpu}
+        changes |= {"prefill_gpu": prefill_gpu, "decode_gpu": decode_gpu, "decode_args": EAGER}
     plan = make_test_plan(log_dir, *BOTH, *(() if ON_CPU else (*FLOAT32, *SMALL)), *more_args, **changes)
-    services = [
-        spec if spec.role == "proxy" else msgspec.structs.replace(spec, env={**spec.env, **TRUE_FLOAT32})
-        for spec in plan.services
-    ]
+    of_prefill = TWO_HOSTS if extra.get("transport") == "nccl" and prefill_gpu == decode_gpu else {}
+    envs = {"proxy": {}, "prefill": {**TRUE_FLOAT32, **UNCACHED, **of_prefill}, "decode": TRUE_FLOAT32}
+    services = [msgspec.structs.replace(spec, env=spec.env | envs[spec.role]) for spec in plan.services]
     services = [with_extra(spec, **extra) if spec.role == "prefill" else spec for spec in services]
     return Stack(msgspec.structs.replace(plan, services=tuple(services)))
 

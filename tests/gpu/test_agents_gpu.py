@@ -5,22 +5,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 
 from tests.connector.agents import BLOCK_SIZE, Memory
-from tests.contract.target import Death, TargetProcess, footprint
+from tests.contract.target import TWO_HOSTS, Death, TargetProcess, footprint
 from tests.gpu.peers import DecodePeer, PrefillPeer, flood_ids
 from tests.gpu.switches import ON_CPU
 from twolane.connector.agent import logger
@@ -38,6 +42,7 @@ class Way:
     decode: Memory
     num_kills: int
     wave: int = 10  # P instances killed at the same time
+    child_env: Mapping[str, str] = MappingProxyType({})
 
     @property
     def settings(self) -> ConnectorSettings:
@@ -52,27 +57,27 @@ class Way:
         )
 
 
-def memory_on(device: str) -> Memory:
-    """A MiB a block: 512 MiB on a GPU."""
-    return Memory(device, num_blocks=64 if device == "cpu" else 512, layers=4, width=8192)
+def memory_on(device: str, num_blocks: int = 512) -> Memory:
+    """A MiB a block."""
+    return Memory(device, num_blocks=num_blocks, layers=4, width=8192)
 
 
 def ways() -> list[object]:
     gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
     two = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")]
     first, second = memory_on("cuda:0"), memory_on("cuda:1")
+    few = memory_on("cuda:0", num_blocks=64)  # by sockets
+    cpu = memory_on("cpu", num_blocks=64)
     made: list[object] = [
         pytest.param(Way("shm", first, first, num_kills=20), marks=gpu, id="gpu-shm"),
         pytest.param(Way("tcp", first, first, num_kills=20), marks=gpu, id="gpu-tcp"),
         pytest.param(Way("cuda_ipc", first, first, num_kills=50), marks=gpu, id="gpu-cuda_ipc"),
+        pytest.param(Way("nccl", few, few, num_kills=8, wave=2, child_env=TWO_HOSTS), marks=gpu, id="gpu-nccl"),
         pytest.param(Way("cuda_ipc", first, second, num_kills=10), marks=two, id="two-gpus-cuda_ipc"),
         pytest.param(Way("nccl", first, second, num_kills=8, wave=2), marks=two, id="two-gpus-nccl"),
     ]
     if ON_CPU:
-        made += [
-            pytest.param(Way(name, memory_on("cpu"), memory_on("cpu"), num_kills=4, wave=2), id=f"cpu-{name}")
-            for name in ("shm", "tcp")
-        ]
+        made += [pytest.param(Way(name, cpu, cpu, num_kills=4, wave=2), id=f"cpu-{name}") for name in ("shm", "tcp")]
     return made
 
 
@@ -107,7 +112,7 @@ def way(request: pytest.FixtureRequest) -> Way:
 @pytest.fixture(scope="module")
 def prefill(way: Way) -> Iterator[Remote]:
     """Survives all tests."""
-    process = TargetProcess(PrefillPeer)
+    process = TargetProcess(PrefillPeer, way.child_env)
     yield Remote(process, process.start(way.settings, way.prefill))
     process.stop()
 
@@ -177,7 +182,7 @@ def test_d_drops_in_mid_transfer_and_nothing_lands_afterwards(
 def test_p_killed_between_two_chunks_leaves_what_landed(
     request: pytest.FixtureRequest, way: Way, prefill: Remote, decode: DecodePeer
 ) -> None:
-    process = TargetProcess(PrefillPeer)
+    process = TargetProcess(PrefillPeer, way.child_env)
     try:
         address = process.start(way.settings, way.prefill)
         process.offer("cut")
@@ -200,7 +205,7 @@ def test_p_killed_between_two_chunks_leaves_what_landed(
 def test_p_killed_while_many_pushes_run(
     request: pytest.FixtureRequest, way: Way, prefill: Remote, decode: DecodePeer
 ) -> None:
-    process = TargetProcess(PrefillPeer)
+    process = TargetProcess(PrefillPeer, way.child_env)
     try:
         address = process.start(way.settings, way.prefill)
         process.flood("flood", FLOOD)
@@ -251,7 +256,7 @@ def test_p_stopped_in_mid_transfer_can_write_no_more(
 def test_d_killed_in_mid_transfer_frees_ps_blocks(request: pytest.FixtureRequest, way: Way) -> None:
     here = PrefillPeer()
     address = here.start(way.settings, way.prefill)
-    first, second = TargetProcess(DecodePeer), TargetProcess(DecodePeer)
+    first, second = TargetProcess(DecodePeer, way.child_env), TargetProcess(DecodePeer, way.child_env)
     try:
         first.start(way.settings, way.decode)
         second.start(way.settings, way.decode)
@@ -285,20 +290,20 @@ def test_many_kills_of_p_leave_nothing_in_d(request: pytest.FixtureRequest, way:
     """Several at a time. The first wave warms up: it is not counted."""
     started_s, count = time.monotonic(), 16
     wave, slowest_s = start_wave(way), 0.0
-    before, rss_before = footprint(), resident_mib()
+    before, rss_before, links_before = footprint(), resident_mib(), open_links()
     try:
         for number in range(way.num_kills // way.wave + 1):
             seconds = kill_wave(way, decode, wave, f"wave{number}-", count)
             wave = []
             if number == 0:
-                before, rss_before = settled(), resident_mib()
+                before, rss_before, links_before = settled(), resident_mib(), open_links()
             if number < way.num_kills // way.wave:
                 wave = start_wave(way)
             slowest_s = max(slowest_s, seconds)
     finally:
         for process in wave:
             process.stop()
-    after, rss_after = settled(), resident_mib()
+    after, rss_after, links_after = settled(), resident_mib(), open_links()
     decode.check()
     report(
         request,
@@ -306,17 +311,21 @@ def test_many_kills_of_p_leave_nothing_in_d(request: pytest.FixtureRequest, way:
         seconds=time.monotonic() - started_s,
         slowest_gone_to_reported_s=slowest_s,
         descriptors=(before[0], after[0]),
+        more_of=dict(links_after - links_before),
         arenas=(before[1], after[1]),
         free_gpu_mib=(before[2], after[2]),
         resident_mib=(rss_before, rss_after),
     )
-    assert after[:2] == before[:2]
+    num_more, num_sockets = after[0] - before[0], (links_after - links_before)["socket:[]"]
+    assert num_more <= (2 * way.num_kills if way.transport == "nccl" else 0), "NCCL keeps sockets of what it aborts"
+    assert num_more <= num_sockets
+    assert after[1] == before[1]
     slack_mib = 16 if way.transport == "nccl" else 0  # NCCL's pools
     assert before[2] - after[2] < way.num_kills / 4 + slack_mib, "GPU memory: not even 1 MiB in four kills"
 
 
 def start_wave(way: Way) -> list[TargetProcess]:
-    return [TargetProcess(PrefillPeer) for _ in range(way.wave)]
+    return [TargetProcess(PrefillPeer, way.child_env) for _ in range(way.wave)]
 
 
 def kill_wave(way: Way, decode: DecodePeer, wave: list[TargetProcess], prefix: str, count: int) -> float:
@@ -351,6 +360,15 @@ def settled() -> tuple[int, int, int]:
         if (now := footprint()) != last:
             last, since_s = now, time.monotonic()
     return last
+
+
+def open_links() -> Counter[str]:
+    """What this process's descriptors are, without their numbers."""
+    found: Counter[str] = Counter()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found[re.sub(r"\d+", "", str(path.readlink()))] += 1
+    return found
 
 
 def resident_mib() -> int:

@@ -90,8 +90,7 @@ class Pair:
 def ways() -> list[object]:
     if ON_CPU:
         return ["shm", "tcp"]
-    alone = pytest.mark.skipif(NUM_GPUS < 2, reason="NCCL takes no two ranks on one GPU: needs two NVIDIA GPUs")
-    return ["cuda_ipc", "shm", pytest.param("nccl", marks=alone)]
+    return ["cuda_ipc", "shm", "nccl"]
 
 
 @pytest.fixture(scope="module", params=ways())

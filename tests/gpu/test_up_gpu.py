@@ -21,6 +21,7 @@ from tests.engine.place import Place
 from tests.engine.stack import Stack, difference, metrics_of, wait_for
 from tests.gpu.lanes import (
     BOTH,
+    EAGER,
     FLOAT32,
     LENGTHS,
     MAX_LEN,
@@ -78,7 +79,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     shape, folder = request.param, tmp_path_factory.mktemp("up")
     place = Place(folder)
     place.env |= TRUE_FLOAT32 | ({} if ON_CPU else {"PREFILL_GPU": shape.gpus, "DECODE_GPU": shape.gpus})
-    args = (*BOTH, *(shape.cpu_args if ON_CPU else (*FLOAT32, *shape.args)))
+    args = (*BOTH, *(shape.cpu_args if ON_CPU else (*FLOAT32, *EAGER, *shape.args)))
     words = ("--model", MODEL, "--max-model-len", str(MAX_LEN), *(shape.cpu_words if ON_CPU else ()))
     files, started_s = Files(Settings(state_dir=folder / ".twolane", log_dir=folder / "logs")), time.monotonic()
     try:

@@ -12,6 +12,7 @@ ends the connection. When either side goes, the other aborts.
 from __future__ import annotations
 
 import functools
+import os
 from queue import SimpleQueue
 from typing import Any
 
@@ -41,8 +42,9 @@ class Meeting(msgspec.Struct, frozen=True):
 
 
 def gpu_identity(device: torch.device) -> str:
-    """The same for two processes only on the same GPU, whatever either sees of the machine."""
-    return str(torch.cuda.get_device_properties(device).uuid)
+    """The same for two processes only on the same GPU, whatever either sees of the machine. NCCL takes two ranks on one
+    GPU if NCCL_HOSTID says that they are on two hosts; then sockets are their way."""
+    return f"{torch.cuda.get_device_properties(device).uuid}{os.environ.get('NCCL_HOSTID', '')}"
 
 
 def staging(copier: CudaCopier, meeting: Meeting) -> tuple[torch.Tensor, ...]:
@@ -74,7 +76,7 @@ class NcclSend(SendWay):
             raise TransferError("the decode worker's offer isn't understood: it names no GPU")
         self._copier.bind()
         if data["gpu"] == gpu_identity(self._copier.device):
-            raise TransferError("both workers are on one GPU, where NCCL takes no two ranks")
+            raise TransferError("both workers are on one GPU, where NCCL takes no two ranks of one host")
         try:
             meeting = Meeting(new_id(), self._num_slots, self._slot_bytes)
         except NcclError as error:
