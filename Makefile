@@ -3,8 +3,12 @@ PYTHON ?= python3
 BOOTSTRAP = $(PYTHON) scripts/bootstrap.py
 export MODEL
 
+BENCH_TRANSPORT = .venv/bin/python -m benchmarks.transport --target-gpu 1
+BENCH_GPU = .venv/bin/python -m benchmarks.gpu --model $(MODEL) --prefill-gpu 0 --decode-gpu 1 --together --budget-s 900 \
+	--output-alone 16 --push-blocks 2 --vllm-args="--max-num-batched-tokens 8192 --max-num-seqs 64"
+
 .DEFAULT_GOAL := help
-.PHONY: help up down status install lint test test-cluster matrix soak faults mutants lock clean
+.PHONY: help up down status install lint test test-cluster gpu matrix soak faults mutants lock clean
 
 help:  ## Show this
 	@echo "TwoLane: make WORD, where WORD is one of"
@@ -33,6 +37,12 @@ test: lint  ## lint, then all tests (they start real engines: under 30 minutes o
 
 test-cluster: install  ## P and D on hosts made of network namespaces, and `twolane up --ray` there; needs root and Ray (.venv/bin/pip install -e '.[ray]')
 	timeout --foreground -s INT -k 120 1800 .venv/bin/python -m pytest -m cluster tests/cluster tests/network
+
+gpu: install  ## All that needs GPUs, in an hour: tests, link, benchmark. TINY=/models/tiny for the tests, MODEL=/models/qwen3-4b to measure
+	timeout --foreground -s INT -k 60 900 .venv/bin/python -m pytest -s --durations=0 tests/contract -k gpu
+	TWOLANE_GPU_MODEL=$(TINY) timeout --foreground -s INT -k 120 2400 .venv/bin/python -m pytest -s --durations=0 tests/gpu
+	$(BENCH_TRANSPORT) --transport cuda_ipc,nccl,shm,nccl@NCCL_P2P_DISABLE=1,nccl@NCCL_P2P_DISABLE=1@NCCL_SHM_DISABLE=1 --out link.json
+	$(BENCH_GPU) --setups plain,plain_graphs,cuda_ipc,nccl,shm,nixl,aggregated --link link.json
 
 matrix:  ## Try every vLLM release in VERSIONS (default: all), write the table in README; needs 15 GB the first time
 	$(PYTHON) scripts/matrix.py $(VERSIONS)
