@@ -104,7 +104,9 @@ def test_p_on_a_gpu_captures_graphs_for_prompts_and_d_does_not() -> None:
     assert set(as_it_is) < set(services["prefill"].argv)
 
 
-@pytest.mark.parametrize("word", ["--enforce-eager", "-O3", "-cc.mode=0", "--max-cudagraph-capture-size=64"])
+@pytest.mark.parametrize(
+    "word", ["--enforce-eager", "-O3", "-cc.mode=0", "--max-cudagraph-capture-size=64", "--config=x", "--enforce_eager"]
+)
 def test_whoever_says_how_to_compile_says_what_to_capture(word: str) -> None:
     services = by_name(make_plan(Settings(prefill_args=(word,)), FOUR_GPUS, MODEL))
     assert "--cudagraph-capture-sizes" not in services["prefill"].argv

@@ -19,14 +19,10 @@ CPU_KV_SPACE_GIB = 1
 # attentions, but vLLM captures 512 tokens at most, with decoding in mind. P gets these; a pass is padded to the next.
 _CAPTURED = (*(1, 2, 4, 8, 16, 32), *range(64, 1024, 64), *range(1024, 2049, 128))
 CAPTURE = ("--cudagraph-capture-sizes", *map(str, _CAPTURED))
+# Whoever says one of these decides by himself, or may: a file could say it, too.
 _OWN_WAY = (
-    "--cudagraph",
-    "--max-cudagraph",
-    "--compilation-config",
-    "-cc",
-    "-O",
-    "--optimization-level",
-    "--enforce-eager",
+    *("--cudagraph", "--max-cudagraph", "--compilation-config", "-cc"),
+    *("-O", "--optimization-level", "--enforce-eager", "--config"),
 )
 
 
@@ -34,7 +30,7 @@ def engine_args(settings: Settings, machine: Machine, model: ServedModel, role: 
     """`given`: the user's own arguments, which come behind them."""
     max_len = settings.max_model_len
     if machine.engine == "cuda":
-        captures = role == "prefill" and not any(word.startswith(_OWN_WAY) for word in given)
+        captures = role == "prefill" and not any(word.replace("_", "-").startswith(_OWN_WAY) for word in given)
         return [*(["--max-model-len", str(max_len)] if max_len else []), *(CAPTURE if captures else ())]
     max_len = max_len or min(CPU_MAX_MODEL_LEN, model.max_len or CPU_MAX_MODEL_LEN)
     # A CPU gains little from compiling a small model, and it takes minutes and a compiler. `uni`: see engine_env.
