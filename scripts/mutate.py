@@ -37,14 +37,15 @@ class Mutant:
     new: str
 
 
-P, D, T = "prefill_side.py", "decode_side.py", "transfer.py"
+P, D = "prefill_side.py", "decode_side.py"
+OUT, IN = "outgoing.py", "incoming.py"
 P_PEERS, D_PEERS = "prefill_peers.py", "decode_peers.py"
 SLOTS, TCP, INBOX = "transport/slots.py", "transport/tcp.py", "transport/inbox.py"
 MUTANTS = (
     Mutant("fence: D announces before its forward passes are through", D, "if passed.done:", "if passed:"),
     Mutant(
         "fence: D doesn't wait for P's word at the end",
-        T,
+        IN,
         "self.is_fenced |= self.state is IncomingState.ALLOCATED",
         "self.is_fenced = True",
     ),
@@ -53,27 +54,27 @@ MUTANTS = (
     Mutant("fence: P answers a Cancel while it still writes", P, "if outgoing.in_flight:", "if not outgoing:"),
     Mutant(
         "fence: P gives blocks back while they are read",
-        T,
+        OUT,
         "return self.ended is not None and self.in_flight == 0",
         "return self.ended is not None",
     ),
-    Mutant("fence: D gives blocks back while it writes them", T, "and self.is_fenced and self.in_flight == 0", ""),
+    Mutant("fence: D gives blocks back while it writes them", IN, "and self.is_fenced and self.in_flight == 0", ""),
     Mutant("epoch: the old connection of a D stays at its new Hello", D_PEERS, "if peer.epoch == epoch", "if not peer"),
     Mutant("epoch: what comes late or twice is heard", "numbering.py", "message.number > self.heard", "True"),
-    Mutant("lease: never runs out", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
-    Mutant("lease: runs out at once", T, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return True"),
-    Mutant("digest: another prompt's KV is taken", T, "if announce.digest != self.digest:", "if not announce:"),
-    Mutant("gap: D doesn't see that a push is missing", T, "not self.cursor.is_at(part) or ", ""),
+    Mutant("lease: never runs out", OUT, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return False"),
+    Mutant("lease: runs out at once", OUT, "return now_s - max(self.done_at_s, last_word_s) > lease_s", "return True"),
+    Mutant("digest: another prompt's KV is taken", OUT, "if announce.digest != self.digest:", "if not announce:"),
+    Mutant("gap: D doesn't see that a push is missing", IN, "not self.cursor.is_at(part) or ", ""),
     Mutant("order: P tells of its pushes in another order", P, "in flights:\n", "in reversed(flights):\n"),
     Mutant(
         "order: P sends a block before it is full",
-        T,
+        OUT,
         "max(0, num_valid_tokens // self.block_size - ",
         "max(0, -(-num_valid_tokens // self.block_size) - ",
     ),
     Mutant(
         "landed: D takes a block of which a layer is missing",
-        T,
+        IN,
         "self.announce.block_ids[self.landed.block :]",
         "self.announce.block_ids[self.landed.block + self.landed.num_open :]",
     ),
@@ -83,10 +84,10 @@ MUTANTS = (
         "part.num_blocks == self.num_open if self.layer else part.num_blocks > 0",
         "True",
     ),
-    Mutant("layers: P goes on with blocks that were taken from it", T, "if num_final < open_:", "if not self:"),
+    Mutant("layers: P goes on with blocks that were taken from it", OUT, "if num_final < open_:", "if not self:"),
     Mutant(
         "layers: P holds them back for a later pass",
-        T,
+        OUT,
         "return self.open_fence or self.fence",
         "return self.fence",
     ),

@@ -13,7 +13,7 @@ import twolane
 
 SOURCE = Path(twolane.__file__).parent
 HEAVY = ("torch", "vllm", "transformers", "triton")
-CONNECTOR_MAY_KNOW = ("twolane.connector", "twolane.protocol", "twolane.curve", "twolane.errors")
+CONNECTOR_MAY_KNOW = ("twolane.connector", "twolane.protocol", "twolane.addresses", "twolane.curve", "twolane.errors")
 
 
 def modules_of(*folders: str) -> list[str]:

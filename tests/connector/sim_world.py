@@ -33,6 +33,7 @@ from tests.connector.sim_transport import (
 from twolane.connector.decode_side import DecodeSide
 from twolane.connector.head_start import LIMIT_S
 from twolane.connector.host import host_identity
+from twolane.connector.messages import Identity, KVFormat, ToDecode, ToPrefill
 from twolane.connector.plan import Advance, Drop, Finish, Offer, Receive, StepPlan
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.settings import ConnectorSettings
@@ -42,7 +43,6 @@ from twolane.connector.transport.hub import Receivers, Senders, SendWay
 from twolane.connector.transport.pace import Forecast
 from twolane.connector.transport.tcp import TcpSend
 from twolane.connector.transport.tcp_receive import TcpReceive
-from twolane.protocol import Identity, KVFormat, ToDecode, ToPrefill
 
 Way = Literal["direct", "shm", "tcp"]  # direct: P writes to D's blocks itself
 SETTINGS = ConnectorSettings(lease_s=3.0, peer_timeout_s=2.0, transfer_timeout_s=4.0)

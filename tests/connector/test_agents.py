@@ -17,10 +17,12 @@ import zmq
 from tests.connector import agents
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode, start_prefill
 from tests.ports import free_port
+from twolane.addresses import split_address
+from twolane.connector.messages import Cancel, Credit, Pong
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.transport import shm
-from twolane.protocol import Cancel, Credit, Pong, encode, split_address
+from twolane.protocol import encode
 
 
 def assert_equal_blocks(prefill: Prefill, decode: Decode, pairs: list[tuple[int, int]]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.connector.sim_transport import GRACE_S, LAYERS
 from tests.connector.sim_world import SETTINGS, World
-from twolane.protocol import Ping, Push
+from twolane.connector.messages import Ping, Push
 
 
 @pytest.fixture

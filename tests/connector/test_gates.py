@@ -15,9 +15,9 @@ from tests.connector.sim_pair import LAYERS, NUM_BLOCKS, PATIENCE_S, SOURCES, TA
 from tests.connector.sim_streams import PACKAGE, Device, simulated
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
+from twolane.connector.messages import TransportOffer
 from twolane.connector.transport.base import Fence, Gate, Items, Opening, Ticket
 from twolane.connector.transport.hub import Receivers, Senders
-from twolane.protocol import TransportOffer
 
 FIRST, LAST = slice(0, 3), slice(3, None)  # of the blocks: two pushes
 

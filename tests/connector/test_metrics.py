@@ -13,9 +13,9 @@ import pytest
 from tests.connector import agents
 from tests.connector.agents import SETTINGS, Decode, Prefill, start_decode
 from tests.ports import free_port
+from twolane.connector.messages import Identity
 from twolane.connector.plan import Drop, StepPlan
 from twolane.connector.stats import BUCKETS, BY_CAUSE, HELP, Cause, Counters, Counts, add_up, summary
-from twolane.protocol import Identity
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch deprecates what vLLM imports

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from twolane.protocol import HandoffParams, params_from_request_id, rank_address, split_address
+from twolane.addresses import rank_address, split_address
+from twolane.protocol import HandoffParams, params_from_request_id
 
 UUID = "0123456789abcdef0123456789abcdef"
 HEADER = f"___prefill_addr_127.0.0.1:21001___decode_addr_127.0.0.1:22001_{UUID}"

@@ -15,13 +15,7 @@ from tests.ports import free_port
 from twolane.connector.register import changed_much
 from twolane.connector.settings import ConnectorSettings, parse_settings, read_secret
 from twolane.errors import ConfigError
-from twolane.protocol import (
-    REGISTER_EVERY_S,
-    Load,
-    Registration,
-    decode_registration,
-    encode,
-)
+from twolane.protocol import REGISTER_EVERY_S, Load, Registration, decode_registration, encode
 
 
 @pytest.fixture

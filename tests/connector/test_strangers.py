@@ -25,10 +25,11 @@ from tests.connector.strangers import MEMBERS_ONLY, RAW, SECRET, Relay, dealer, 
 from tests.ports import free_port
 from twolane import curve
 from twolane.connector import sockets
+from twolane.connector.messages import Announce, Cancel, Refused, decode_to_decode
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.transport.data_sockets import ReceiveLine, ZmqClient, ZmqServer
 from twolane.errors import ConfigError
-from twolane.protocol import Announce, Cancel, Refused, Registration, decode_registration, decode_to_decode, encode
+from twolane.protocol import Registration, decode_registration, encode
 
 TRANSFER_ID = "a-transfer-id-that-stands-out"
 WAIT_S = 30.0

@@ -16,6 +16,7 @@ import zmq
 from tests.connector.agents import SETTINGS, Memory, wait_for
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
+from twolane.connector.messages import TransportOffer
 from twolane.connector.transport.base import Fence, Items, Ticket
 from twolane.connector.transport.data_sockets import ZmqClient, ZmqServer
 from twolane.connector.transport.frames import ALIVE, CHUNK_BYTES, FrameError, Head, Seal, checksum
@@ -25,7 +26,6 @@ from twolane.connector.transport.slots import Staging
 from twolane.connector.transport.tcp import Invitation, Room
 from twolane.connector.transport.tcp_receive import TcpReceive, TcpReceiveHalf
 from twolane.errors import TransferError
-from twolane.protocol import TransportOffer
 
 MEMORY = Memory()
 LAYOUT = layout_of(MEMORY.make(fill=False), MEMORY.num_blocks)

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.connector.sim_transport import StillComputing
+from twolane.connector.incoming import Incoming, IncomingState
+from twolane.connector.messages import Announce
+from twolane.connector.outgoing import Outgoing
 from twolane.connector.parts import Part
 from twolane.connector.stats import Cause
-from twolane.connector.transfer import Incoming, IncomingState, Outgoing
 from twolane.connector.transport.base import Extent, Fence, extent_of_slot
 from twolane.errors import TransferError
-from twolane.protocol import Announce
 
 BLOCK_SIZE = 4
 LAYERS = 3

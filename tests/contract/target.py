@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from twolane.connector.layout import layout_of
+from twolane.connector.messages import GateWord, TransportOffer
 from twolane.connector.settings import ConnectorSettings
 from twolane.connector.transport.base import Gate, Items, ReceiveChannel, Ticket
 from twolane.connector.transport.hub import Receivers
 from twolane.connector.transport.select import receivers_for
-from twolane.protocol import GateWord, TransportOffer
 
 NUM_BLOCKS = 8
 TWO_HOSTS = {"NCCL_HOSTID": "another"}  # of one of both processes: NCCL then takes both on one GPU, and goes by sockets

@@ -14,12 +14,12 @@ import torch
 from tests.contract.target import NUM_BLOCKS, TWO_HOSTS, Footprint, Memory, TargetProcess, footprint, no_wake
 from twolane.connector.host import host_identity
 from twolane.connector.layout import layout_of
+from twolane.connector.messages import TransportOffer
 from twolane.connector.parts import Cursor, Part
 from twolane.connector.transport.base import Extent, Fence, Items, Opening, SendChannel, Ticket
 from twolane.connector.transport.hub import Senders
 from twolane.connector.transport.select import senders_for
 from twolane.errors import TransferError
-from twolane.protocol import TransportOffer
 
 SHAPES = {
     "one piece a block": (NUM_BLOCKS, 3, 16, 8),

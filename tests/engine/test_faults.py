@@ -21,7 +21,7 @@ from tests.engine.stack import (
     wait_for,
 )
 from tests.ports import free_ports
-from twolane.protocol import split_address
+from twolane.addresses import split_address
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

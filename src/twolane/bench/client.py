@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import httptools
 import msgspec
 
+from twolane.addresses import split_address
 from twolane.bench.workload import Ask
-from twolane.protocol import split_address
 
 # A server takes a connection up only after the kernel has made it: that isn't counted, as with kept-alive connections,
 # which a proxy has to its instances.

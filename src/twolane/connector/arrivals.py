@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from twolane.connector.agent import logger
 from twolane.connector.head_start import OVERDUE_S, PER_TOKEN_S, POOR_FOR_S, POOR_WAIT_S
+from twolane.connector.incoming import Incoming, IncomingState
+from twolane.connector.messages import Announce
 from twolane.connector.plan import Ended, Receive
 from twolane.connector.stats import Cause, Counters
 from twolane.connector.story import Story
-from twolane.connector.transfer import Incoming, IncomingState
-from twolane.protocol import Announce
 
 
 @dataclass(frozen=True)

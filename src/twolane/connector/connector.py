@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from twolane.addresses import join_address
 from twolane.connector.first_text import decode_prompt_ends_only
 from twolane.connector.load import LoadMeter
 from twolane.connector.metrics import TwoLanePromMetrics, TwoLaneStats
@@ -25,7 +26,6 @@ from twolane.connector.scheduler import DecodeScheduler, PrefillScheduler
 from twolane.connector.settings import parse_settings
 from twolane.connector.supported import refuse_unsupported
 from twolane.connector.worker import WorkerFacts, WorkerSide
-from twolane.protocol import join_address
 
 if TYPE_CHECKING:
     import torch

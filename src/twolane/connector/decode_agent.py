@@ -17,15 +17,16 @@ from twolane.connector.agent import Agent
 from twolane.connector.arrivals import Finished
 from twolane.connector.decode_side import DecodeSide
 from twolane.connector.head_start import GIVE_UP_S, LIMIT_S
+from twolane.connector.incoming import Incoming
+from twolane.connector.messages import ToPrefill, decode_to_decode
 from twolane.connector.plan import StepPlan
 from twolane.connector.register import Registrar
 from twolane.connector.sockets import LockedOut
 from twolane.connector.stats import Counters
-from twolane.connector.transfer import Incoming
 from twolane.connector.transport.base import Ticket
 from twolane.curve import Keys, Knock
 from twolane.errors import TransferError
-from twolane.protocol import ToPrefill, decode_to_decode, encode
+from twolane.protocol import encode
 
 # vLLM's engine sleeps 1 ms after a step that computed nothing, and takes up what a step reported in the second step
 # after it. Waiting inside such a step finds the last byte sooner than asking after a sleep. New requests wait too,

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from twolane.connector.messages import Hello, Identity, KVFormat, Mismatch, Refused, ToDecode, ToPrefill, Welcome
 from twolane.connector.numbering import Numbering
 from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, SendChannel, SendTransports, Ticket
 from twolane.errors import TransferError
-from twolane.protocol import Hello, Identity, KVFormat, Mismatch, Refused, ToDecode, ToPrefill, Welcome
 
 
 class Links(Protocol):

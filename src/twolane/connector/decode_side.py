@@ -9,17 +9,11 @@ from __future__ import annotations
 
 import msgspec
 
+from twolane.addresses import rank_address
 from twolane.connector.agent import logger
 from twolane.connector.arrivals import Arrivals
-from twolane.connector.plan import Drop, StepPlan
-from twolane.connector.prefill_peers import Links, PrefillPeer, PrefillPeers, Read
-from twolane.connector.settings import ConnectorSettings
-from twolane.connector.stats import Cause, Counters
-from twolane.connector.story import Story
-from twolane.connector.transfer import Incoming, IncomingState
-from twolane.connector.transport.base import ReceiveTransports, Ticket
-from twolane.errors import TransferError
-from twolane.protocol import (
+from twolane.connector.incoming import Incoming, IncomingState
+from twolane.connector.messages import (
     Abort,
     Cancel,
     Credit,
@@ -32,8 +26,14 @@ from twolane.protocol import (
     Soon,
     ToDecode,
     Welcome,
-    rank_address,
 )
+from twolane.connector.plan import Drop, StepPlan
+from twolane.connector.prefill_peers import Links, PrefillPeer, PrefillPeers, Read
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.stats import Cause, Counters
+from twolane.connector.story import Story
+from twolane.connector.transport.base import ReceiveTransports, Ticket
+from twolane.errors import TransferError
 
 
 class DecodeSide:

@@ -3,7 +3,7 @@ forward pass would begin.
 
 vLLM needs a while from hearing that a request's KV is there until it computes with it: it sleeps 1 ms after a step
 that computed nothing, hears of a step one step later, and takes up the request with all its token ids. All of that can
-happen while P computes its last layers. P says when it will be through (protocol.Soon), D's workers say that it is
+happen while P computes its last layers. P says when it will be through (messages.Soon), D's workers say that it is
 soon, and the scheduler takes the request up as if the KV were there (`HeadStarts.commit`); the step that computes with
 waits (DecodeAgent.hold_started): the GPU does, at a gate that P's last kernel opens, where P writes to its memory
 (transport/cuda/gates.py), so that the launch is over by then, too; else the engine's thread before the launch. Only an

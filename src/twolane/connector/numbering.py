@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from twolane.protocol import Message
+from twolane.connector.messages import Message
 
 M = TypeVar("M", bound=Message)
 

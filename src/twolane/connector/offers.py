@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from twolane.connector.messages import Announce
+from twolane.connector.outgoing import Outgoing
 from twolane.connector.plan import Offer
-from twolane.connector.transfer import Outgoing
-from twolane.protocol import Announce
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from twolane.connector.messages import Push
 from twolane.connector.transport.base import Extent, Items
 from twolane.errors import TransferError
-from twolane.protocol import Push
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some layers of some blocks of a transfer, which are numbered from the first announced; see protocol.Push."""
+    """Some layers of some blocks of a transfer, which are numbered from the first announced; see messages.Push."""
 
     first_block: int
     num_blocks: int
@@ -32,7 +32,7 @@ class Part:
 
     @property
     def on_the_wire(self) -> tuple[int, int, int, int]:
-        """As in protocol.Push."""
+        """As in messages.Push."""
         return self.first_block, self.num_blocks, self.layers.start, len(self.layers)
 
     def size_bytes(self, layer_bytes: list[int]) -> int:

@@ -11,12 +11,13 @@ import zmq
 
 from twolane.connector import sockets
 from twolane.connector.agent import Agent, logger
+from twolane.connector.messages import Refused, ToDecode, decode_to_prefill
 from twolane.connector.plan import Advance, StepPlan
 from twolane.connector.prefill_side import PrefillSide
 from twolane.connector.register import Registrar
 from twolane.connector.stats import Counters
 from twolane.curve import LOCKED_OUT, DoorCounts, Keys
-from twolane.protocol import Refused, ToDecode, decode_to_prefill, encode
+from twolane.protocol import encode
 
 COMPLAIN_EVERY_S = 10.0  # about strangers
 LOOK_EVERY_S = 1.0  # for those who are counted late

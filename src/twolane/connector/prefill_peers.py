@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from twolane.connector.agent import logger
+from twolane.connector.incoming import Incoming, IncomingState
+from twolane.connector.messages import Cancel, Hello, Identity, KVFormat, Ping, Push, ToDecode, ToPrefill, Welcome
 from twolane.connector.numbering import Numbering
 from twolane.connector.parts import Part
-from twolane.connector.transfer import Incoming, IncomingState
 from twolane.connector.transport.base import ReceiveChannel, ReceiveTransports, Ticket
 from twolane.errors import TransferError
-from twolane.protocol import Cancel, Hello, Identity, KVFormat, Ping, Push, ToDecode, ToPrefill, Welcome
 
 PING_EVERY_S = 1.0
 
@@ -45,7 +45,7 @@ class Read:
     incoming: Incoming | None  # None: thrown away
     part: Part
     ticket: Ticket
-    computed_at_s: float  # see protocol.Push
+    computed_at_s: float  # see messages.Push
 
 
 @dataclass(eq=False)

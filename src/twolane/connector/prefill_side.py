@@ -12,16 +12,7 @@ from dataclasses import dataclass
 
 from twolane.connector.agent import logger
 from twolane.connector.decode_peers import DecodePeer, DecodePeers, Links
-from twolane.connector.offers import Offers
-from twolane.connector.parts import Part
-from twolane.connector.plan import Advance, Offer, StepPlan
-from twolane.connector.settings import ConnectorSettings
-from twolane.connector.stats import Cause, Counters
-from twolane.connector.story import Story
-from twolane.connector.transfer import Computing, Outgoing
-from twolane.connector.transport.base import Opening, SendTransports, Ticket
-from twolane.errors import TransferError
-from twolane.protocol import (
+from twolane.connector.messages import (
     Abort,
     Announce,
     Cancel,
@@ -35,6 +26,15 @@ from twolane.protocol import (
     Soon,
     ToPrefill,
 )
+from twolane.connector.offers import Offers
+from twolane.connector.outgoing import Computing, Outgoing
+from twolane.connector.parts import Part
+from twolane.connector.plan import Advance, Offer, StepPlan
+from twolane.connector.settings import ConnectorSettings
+from twolane.connector.stats import Cause, Counters
+from twolane.connector.story import Story
+from twolane.connector.transport.base import Opening, SendTransports, Ticket
+from twolane.errors import TransferError
 
 SOON_CHANGES_S = 0.0005  # a forecast that differs by less isn't told again
 FALSE_BY_S = 3.0  # the fault `false_soon`: what was due comes so much later, if anybody still wants it

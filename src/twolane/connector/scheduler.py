@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from twolane.addresses import split_address
 from twolane.connector.agent import logger
 from twolane.connector.head_start import HeadStarts
 from twolane.connector.plan import Advance, Drop, Ended, Finish, Offer, Receive, StepPlan
-from twolane.protocol import HandoffParams, Role, params_from_request_id, split_address
+from twolane.protocol import HandoffParams, Role, params_from_request_id
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks

@@ -9,6 +9,7 @@ from typing import Any
 
 import zmq
 
+from twolane.addresses import is_loopback, join_address, rank_address
 from twolane.connector.agent import logger
 from twolane.connector.arrivals import Finished
 from twolane.connector.decode_agent import DecodeAgent
@@ -16,6 +17,7 @@ from twolane.connector.decode_side import DecodeSide
 from twolane.connector.gpus import gpu_uuids
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout, layout_of
+from twolane.connector.messages import PROTOCOL_VERSION, Identity, KVFormat
 from twolane.connector.plan import StepPlan
 from twolane.connector.prefill_agent import PrefillAgent
 from twolane.connector.prefill_side import PrefillSide
@@ -26,7 +28,7 @@ from twolane.connector.story import Story
 from twolane.connector.transport.select import receivers_for, senders_for
 from twolane.curve import Keys, ZmqContext
 from twolane.errors import ConfigError
-from twolane.protocol import PROTOCOL_VERSION, Identity, KVFormat, Registration, is_loopback, join_address, rank_address
+from twolane.protocol import Registration
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from twolane.addresses import split_address
 from twolane.errors import ConfigError, StartError
 from twolane.launch import logwriter
 from twolane.launch.actor import InstanceActor, NodeFacts, Order, Report, node_facts
@@ -23,7 +24,6 @@ from twolane.launch.phases import IMPORTING, READY, SILENT
 from twolane.launch.plan import Plan, ServedModel, ServiceSpec
 from twolane.launch.scale import index_of
 from twolane.launch.service import Service, ServiceError
-from twolane.protocol import split_address
 
 CONNECT_S = 5.0
 SURVEY_S = 60.0

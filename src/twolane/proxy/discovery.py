@@ -10,10 +10,11 @@ from time import monotonic
 import msgspec
 import zmq
 
+from twolane.addresses import is_loopback, split_address
 from twolane.config import ProxySettings
 from twolane.curve import LOCKED_OUT, Door, derive_keys, overhead_bytes
 from twolane.errors import ConfigError
-from twolane.protocol import Registration, Story, decode_from_instance, is_loopback, split_address
+from twolane.protocol import Registration, Story, decode_from_instance
 from twolane.proxy.pool import Pool
 from twolane.proxy.ports import port_in_use
 from twolane.proxy.stats import Stats

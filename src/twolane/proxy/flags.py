@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
+from twolane.addresses import split_address
 from twolane.config import ProxySettings, Settings, StaticInstance
 from twolane.errors import ConfigError
-from twolane.protocol import Kind, Role, split_address
+from twolane.protocol import Kind, Role
 
 
 def proxy_settings(settings: Settings, prefills: Sequence[str], decodes: Sequence[str]) -> ProxySettings:

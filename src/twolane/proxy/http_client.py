@@ -12,9 +12,9 @@ from collections import deque
 from time import monotonic
 from typing import Protocol
 
+from twolane.addresses import split_address
 from twolane.config import ProxySettings
 from twolane.errors import NoDescriptorError, UpstreamConnectionError, UpstreamError, UpstreamTimeoutError
-from twolane.protocol import split_address
 from twolane.proxy.upstream import ResponseHead, UpstreamConnection
 
 _MAX_IDLE_CONNECTIONS = 1024  # an instance

@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace.status import Status, StatusCode
 
 from twolane import __version__
-from twolane.protocol import split_address
+from twolane.addresses import split_address
 from twolane.proxy.stories import Moment, moments_of
 from twolane.proxy.tracing import RequestTrace
 

@@ -19,8 +19,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from twolane.connector.messages import GateWord, TransportOffer
 from twolane.connector.transport.pace import Forecast, PassSize
-from twolane.protocol import GateWord, TransportOffer
 
 Wake = Callable[[], None]  # from any thread: some ticket may be done
 

@@ -17,7 +17,9 @@ class Copier(Protocol):
     ReceiveTransports.fence. The rest: agent's thread. Slots begin at `address` in this process."""
 
     slot_bytes: int  # what suits this memory, where nothing else is asked for
-    num_passes: int  # see base.SendTransports
+
+    @property
+    def num_passes(self) -> int: ...  # see base.SendTransports
 
     @property
     def forecasts(self) -> Sequence[Forecast]: ...

@@ -6,11 +6,11 @@ from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 from twolane.connector.agent import logger
+from twolane.connector.messages import TransportOffer
 from twolane.connector.transport.base import Gate, Items, ReceiveChannel, SendChannel, Ticket
 from twolane.connector.transport.copier import Copier
 from twolane.connector.transport.pace import Forecast
 from twolane.errors import TransferError
-from twolane.protocol import TransportOffer
 
 
 class SendWay(Protocol):

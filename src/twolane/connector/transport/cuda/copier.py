@@ -19,10 +19,10 @@ from twolane.connector.transport.cuda.kernel import (
     open_gate,
     permit_of,
 )
-from twolane.connector.transport.cuda.lane import Job, Lane
-from twolane.connector.transport.cuda.pace_maker import PaceMaker
+from twolane.connector.transport.cuda.lane import Job, Lane, event_now
+from twolane.connector.transport.cuda.passes import Passes, PassFence
 from twolane.connector.transport.cuda.planes import PlaneTable, dense_planes, planes_of
-from twolane.connector.transport.pace import Forecast, PassSize, marks_every
+from twolane.connector.transport.pace import Forecast
 from twolane.errors import ConfigError
 
 # (block ids, layers, programs or None for as many as fill the link), on the current stream
@@ -39,26 +39,11 @@ class Ending:
     after: list[Ticket]
 
 
-@dataclass(frozen=True)
-class PassFence(Fence):
-    """Marks of one forward pass: once `events[i]` is over, the first `layers[i]` layers are computed."""
-
-    layers: tuple[int, ...]
-    events: tuple[torch.cuda.Event, ...]
-
-    def is_over(self) -> bool:
-        return bool(self.events[-1].query())
-
-    def behind(self, end_layer: int) -> torch.cuda.Event:
-        """Once it is over, the layers before that one are computed."""
-        return next(event for layers, event in zip(self.layers, self.events, strict=True) if layers >= end_layer)
-
-
 class CudaCopier:
     """transport.copier.Copier for GPUs.
 
-    Mutable state: marks of the pass being launched (engine's thread), jobs in flight, the last copy's event of each
-    lane, a staging buffer (all: agent's thread under its lock). Two lanes: one follows the forward pass in flight, so
+    Mutable state: the passes (engine's thread); jobs in flight, the last copy's event of each lane, a staging buffer
+    (all: agent's thread under its lock). Two lanes: one follows the forward pass in flight, so
     that it may wait; what is computed already takes the other and overtakes it.
     """
 
@@ -74,14 +59,11 @@ class CudaCopier:
             self.planes = PlaneTable(planes_of(layout), self.device)
         except ValueError as error:
             raise ConfigError(f"{error}; TwoLane can't move it.") from error
-        self._layer_index = {region.name: index for index, region in enumerate(layout.regions)}
         self._end_plane = list(
             itertools.accumulate((len(region.piece_offsets) for region in layout.regions), initial=0)
         )
-        self._mark_every = marks_every(len(layout.regions))
-        self._marks: list[tuple[int, torch.cuda.Event]] = []
-        self.num_passes = 0
-        self._pace_maker = PaceMaker(self.device, wake)
+        self._passes = Passes([region.name for region in layout.regions], self.device, wake)
+        self.begin_pass, self.layer_done, self.fence = self._passes.begin, self._passes.layer_done, self._passes.fence
         self.following = Lane("follow", self.device, wake)
         self.overtaking = Lane("copy", self.device, wake)
         self._jobs: list[Job] = []
@@ -101,28 +83,14 @@ class CudaCopier:
         torch.cuda.current_stream(self.device).synchronize()
 
     @property
+    def num_passes(self) -> int:
+        return self._passes.num
+
+    @property
     def forecasts(self) -> Sequence[Forecast]:
-        return self._pace_maker.forecasts
+        return self._passes.forecasts
 
     # -- engine's thread
-
-    def begin_pass(self, size: PassSize) -> None:
-        self._pace_maker.began(self.num_passes, size)
-
-    def layer_done(self, layer_name: str) -> None:
-        index = self._layer_index.get(layer_name)
-        if index == 0:
-            self._marks = []  # of a pass that never came to its end
-        if index is not None and (index + 1) % self._mark_every == 0 and index + 1 < len(self._layer_index):
-            self._marks.append((index + 1, self.event_now(blocking=True)))
-            self._pace_maker.launched((index + 1) / len(self._layer_index), self._marks[-1][1])
-
-    def fence(self) -> Fence:
-        marks = [*self._marks, (len(self._layer_index), self.event_now(blocking=True))]
-        self._marks = []
-        self._pace_maker.fenced(marks[-1][1])
-        self.num_passes += 1
-        return PassFence(tuple(layers for layers, _ in marks), tuple(event for _, event in marks))
 
     def quiesce(self) -> None:
         for event in self._last_copies.values():
@@ -131,19 +99,13 @@ class CudaCopier:
     def passes(self) -> Ticket:
         ticket = Ticket(0)
         job = Job(ticket, object(), None)
-        event = self.event_now(blocking=True)
+        event = event_now(self.device)
         if event.query():
             ticket.done = True
         else:
             self._jobs.append(job)
             self.following.waiter.add(None, event, job)
         return ticket
-
-    def event_now(self, *, blocking: bool = False) -> torch.cuda.Event:
-        """On the current stream. `blocking`: who waits for it sleeps."""
-        event = torch.cuda.Event(blocking=blocking)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
     # -- agent's thread
 
@@ -337,7 +299,7 @@ class CudaCopier:
         for lane in (self.following, self.overtaking):
             lane.stream.synchronize()
             lane.close(timeout_s=5.0)
-        self._pace_maker.close(timeout_s=5.0)
+        self._passes.close(timeout_s=5.0)
         for job in self._jobs:
             job.is_through = True
         self.poll()

@@ -15,9 +15,9 @@ from queue import SimpleQueue
 
 import torch
 
+from twolane.connector.messages import GateWord
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.kernel import gate_value
-from twolane.protocol import GateWord
 
 NUM_GATES = 1024
 GATES_BYTES = 8 * NUM_GATES

@@ -18,6 +18,7 @@ import torch
 from twolane.connector.agent import logger
 from twolane.connector.host import host_identity
 from twolane.connector.layout import KVLayout
+from twolane.connector.messages import GateWord
 from twolane.connector.transport.base import Extent, Fence, Gate, Items, Opening, Ticket
 from twolane.connector.transport.cuda import driver
 from twolane.connector.transport.cuda.copier import CudaCopier, Ending
@@ -26,7 +27,6 @@ from twolane.connector.transport.cuda.kernel import permit_of
 from twolane.connector.transport.cuda.planes import Plane, PlaneTable, planes_of
 from twolane.connector.transport.hub import ReceiveHalf, ReceiveWay, SendWay
 from twolane.errors import TransferError
-from twolane.protocol import GateWord
 
 # A kernel runs for milliseconds once it has begun; the GPU may give its time to other processes in between.
 REVOKE_GRACE_S = 0.25

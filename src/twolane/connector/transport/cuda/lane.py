@@ -23,6 +23,13 @@ class Job:
     moved: torch.cuda.Event | None = None  # over when the GPU is through with it
 
 
+def event_now(device: torch.device) -> torch.cuda.Event:
+    """On the current stream. Who waits for it sleeps."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class Waiter:
     """A thread that waits for events of one stream, one after the other, without holding the interpreter."""
 

@@ -21,7 +21,7 @@ import torch
 
 from twolane.connector.transport.base import NO_ROOM, Extent, Fence, Items, Opening, Ticket, extent_of_slot
 from twolane.connector.transport.cuda.copier import CudaCopier
-from twolane.connector.transport.cuda.lane import Waiter
+from twolane.connector.transport.cuda.lane import Waiter, event_now
 from twolane.connector.transport.cuda.nccl_library import Communicator, NcclError, new_id
 from twolane.connector.transport.cuda.nccl_pair import Pair
 from twolane.connector.transport.cuda.planes import PlaneTable
@@ -241,7 +241,7 @@ class NcclReceiveHalf(ReceiveHalf):
             with torch.cuda.stream(stream):  # uploads too: on the agent's they would wait for D's forward passes
                 if items is not None:
                     self._scatter(buffer, items)
-                waiter.add(None, self._copier.event_now(blocking=True), job)
+                waiter.add(None, event_now(self._copier.device), job)
 
         pair.call(receive, then)
         return ticket
