@@ -62,7 +62,7 @@ def test_a_port_in_use_is_named_with_its_holder_and_the_variable(tmp_path: Path)
     port = plan.services[1].http_port
     with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError) as error:
         check_ports(plan)
-    assert f"port {port} (decode's HTTP server) is taken by process {os.getpid()} (" in str(error.value)
+    assert f"port {port} (decode's HTTP port) is taken by process {os.getpid()} (" in str(error.value)
     assert "DECODE_HTTP_PORT=" in str(error.value)
 
 

@@ -206,7 +206,7 @@ def test_what_is_wrong_is_told_and_changes_nothing(place: Place) -> None:
     with socket.create_server(("127.0.0.1", place.ports["DECODE_HTTP_PORT"] + 10)):
         done = place.run("scale", "--decode", "2")
         assert done.returncode == 2
-        assert "(decode-2's HTTP server) is taken by" in done.stderr
+        assert "(decode-2's HTTP port) is taken by" in done.stderr
     assert rows(place).keys() == before.keys()
 
     # One that does not start is taken out again, and the others stay.

@@ -199,7 +199,7 @@ def test_up_starts_beside_nothing_that_a_terminal_runs_and_leaves_it_alone(place
     terminal.expect("non-default args")
     done = place.run_beside([terminal], "up")
     assert done.returncode == 2
-    assert f"port {place.ports['DECODE_HTTP_PORT']} (decode's HTTP server) is taken by" in done.stderr
+    assert f"port {place.ports['DECODE_HTTP_PORT']} (decode's HTTP port) is taken by" in done.stderr
     terminal.sendintr()
     ends_with(terminal, 0)
 

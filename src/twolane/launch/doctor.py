@@ -9,7 +9,7 @@ from typing import Literal
 
 from twolane.launch.facts import Facts
 from twolane.launch.options import option
-from twolane.launch.plan import taken_by
+from twolane.launch.plan import ports_of
 
 Level = Literal["ok", "warning", "error"]
 SUPPORTED = ((0, 26), (0, 32))  # vLLM releases that the connector was run with
@@ -153,11 +153,11 @@ def _ports(facts: Facts) -> Iterator[Finding]:
 
 def _outgoing_ports(facts: Facts) -> Iterator[Finding]:
     """An engine may take such a port for itself; then `scale`, or a restart, finds it taken."""
-    at_risk = [(whose, port, n) for whose, port, n in taken_by(facts.plan) if port in facts.outgoing_ports]
+    at_risk = [use for use in ports_of(facts.plan) if use.port in facts.outgoing_ports]
     if at_risk:
         first, last = facts.outgoing_ports[0], facts.outgoing_ports[-1]
-        names = ", ".join(f"{whose} {port}" for whose, port, _ in at_risk)
-        reserved = ",".join(f"{port}-{port + n - 1}" if n > 1 else str(port) for _, port, n in at_risk)
+        names = ", ".join(f"{use.whose} {use.port}" for use in at_risk)
+        reserved = ",".join(f"{port}-{port + n - 1}" if n > 1 else str(port) for _, _, port, n, *_ in at_risk)
         text = f"{names}: any program may have it first, since the kernel gives {first} to {last} to connections"
         remedy = f"use other ports, or reserve these: sysctl -w net.ipv4.ip_local_reserved_ports={reserved}"
         yield Finding("warning", "ports", text, remedy)

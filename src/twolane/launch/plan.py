@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,11 @@ Engine = Literal["cpu", "cuda"]
 
 PORT_STEP = 10
 RANKS_PER_INSTANCE = 8
+PORT_VARIABLES = {
+    "proxy": ("HTTP_PROXY_PORT", ""),
+    "prefill": ("PREFILL_HTTP_PORT", "PREFILL_KV_PORT"),
+    "decode": ("DECODE_HTTP_PORT", "DECODE_KV_PORT"),
+}
 UNPLACED = Place(host="")
 # Of the proxy's own settings, those that `up` passes on; the others are for a proxy that stands alone.
 PROXY_OPTIONS = (
@@ -242,26 +247,39 @@ def make_instance(
     )
 
 
-def taken_by(plan: Plan) -> list[tuple[str, int, int]]:
-    """Whose, the first port, and how many."""
-    taken = [("PROXY_PORT", plan.discovery_port, 1)]
+class PortUse(NamedTuple):
+    """`num_ports` from `port` on, of the service of that name. `variable` moves it."""
+
+    service: str
+    whose: str
+    port: int
+    num_ports: int
+    host: str
+    variable: str
+
+
+def ports_of(plan: Plan) -> list[PortUse]:
+    uses = [PortUse("proxy", "the proxy's discovery port", plan.discovery_port, 1, plan.discovery_host, "PROXY_PORT")]
     for spec in plan.services:
-        taken.append((f"{spec.name}'s HTTP port", spec.http_port, 1))
+        http, kv = PORT_VARIABLES[spec.role]
+        uses.append(PortUse(spec.name, f"{spec.name}'s HTTP port", spec.http_port, 1, spec.host, http))
         if spec.kv_port is not None:
-            taken.append((f"{spec.name}'s KV port", spec.kv_port, RANKS_PER_INSTANCE))
-    return taken
+            whose = f"{spec.name}'s KV port"
+            uses.append(PortUse(spec.name, whose, spec.kv_port, RANKS_PER_INSTANCE, spec.host, kv))
+    return uses
 
 
 def _check_collisions(plan: Plan) -> None:
     if not plan.discovery_port or not plan.services[0].http_port:
         raise ConfigError("HTTP_PROXY_PORT and PROXY_PORT can't be 0 here: others must know them")
-    taken = taken_by(plan)
-    for (a, a_port, a_len), (b, b_port, b_len) in itertools.combinations(taken, 2):
-        if a_port < b_port + b_len and b_port < a_port + a_len:
+    uses = ports_of(plan)
+    for a, b in itertools.combinations(uses, 2):
+        if a.port < b.port + b.num_ports and b.port < a.port + a.num_ports:
             raise ConfigError(
-                f"{a} {a_port} and {b} {b_port} are too close (a KV port takes {RANKS_PER_INSTANCE}): move one"
+                f"{a.whose} {a.port} and {b.whose} {b.port} are too close (a KV port takes {RANKS_PER_INSTANCE}): "
+                "move one"
             )
-    if highest := [label for label, port, length in taken if port + length > 65536]:
+    if highest := [use.whose for use in uses if use.port + use.num_ports > 65536]:
         raise ConfigError(f"{highest[0]} would lie above 65535: start lower")
 
 

@@ -9,14 +9,9 @@ from collections.abc import Collection
 import psutil
 
 from twolane.errors import ConfigError
-from twolane.launch.plan import Plan
+from twolane.launch.plan import Plan, ports_of
 
 UNKNOWN_HOLDER = "a process of another user, or one that is just ending"
-VARIABLES = {
-    "proxy": ("HTTP_PROXY_PORT", ""),
-    "prefill": ("PREFILL_HTTP_PORT", "PREFILL_KV_PORT"),
-    "decode": ("DECODE_HTTP_PORT", "DECODE_KV_PORT"),
-}
 
 
 def check_ports(plan: Plan, names: Collection[str] = ()) -> None:
@@ -28,24 +23,11 @@ def check_ports(plan: Plan, names: Collection[str] = ()) -> None:
 def taken_ports(plan: Plan, names: Collection[str] = ()) -> list[str]:
     """A sentence for each port that isn't free: the port, who holds it, and the variable that moves it."""
     return [
-        f"port {port} ({whose}) is taken by {holder(port)}: end that, or use another port, as in {variable}={port + 5}"
-        for port, host, variable, whose in _wanted(plan, names)
-        if not is_free(host, port)
+        f"port {use.port} ({use.whose}) is taken by {holder(use.port)}: end that, or use another port, as in "
+        f"{use.variable}={use.port + 5}"
+        for use in sorted(ports_of(plan), key=lambda use: use.port)
+        if (not names or use.service in names) and not is_free(use.host, use.port)
     ]
-
-
-def _wanted(plan: Plan, names: Collection[str]) -> list[tuple[int, str, str, str]]:
-    wanted = [(plan.discovery_port, plan.discovery_host, "PROXY_PORT", "the proxy's discovery")] * (
-        not names or "proxy" in names
-    )
-    for spec in plan.services:
-        if names and spec.name not in names:
-            continue
-        http_variable, kv_variable = VARIABLES[spec.role]
-        wanted.append((spec.http_port, spec.host, http_variable, f"{spec.name}'s HTTP server"))
-        if spec.kv_port is not None:
-            wanted.append((spec.kv_port, spec.host, kv_variable, f"{spec.name}'s KV transfer"))
-    return sorted(wanted)
 
 
 def is_free(host: str, port: int) -> bool:
