@@ -16,9 +16,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ class Way:
     decode: Memory
     num_kills: int
     wave: int = 10  # P instances killed at the same time
-    child_env: Mapping[str, str] = MappingProxyType({})
+    child_env: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> ConnectorSettings:
