@@ -164,6 +164,13 @@ def _serve(pipe: Connection, make: Callable[[], object], env: Mapping[str, str])
             pipe.send((None, error))
 
 
+def wait_gone(pid: int, timeout_s: float) -> None:
+    """Until the process is gone. ProcessLookupError if it was already."""
+    pidfd = os.pidfd_open(pid)
+    select.select([pidfd], [], [], timeout_s)
+    os.close(pidfd)
+
+
 class Death:
     """When a process that was killed is gone: before that CUDA takes its memory apart. Nobody can know of it sooner."""
 
@@ -213,14 +220,17 @@ class TargetProcess:
             raise error
         return result
 
-    def signal(self, number: int) -> None:
+    @property
+    def _pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
+
+    def signal(self, number: int) -> None:
+        os.kill(self._pid, number)
 
     def kill(self) -> Death:
         """Returns at once. `stop` does the rest."""
-        assert self._process.pid is not None
-        death = Death(self._process.pid)
+        death = Death(self._pid)
         self._process.kill()
         return death
 
@@ -230,7 +240,8 @@ class TargetProcess:
             return
         with contextlib.suppress(OSError):
             self._pipe.send(None)
-        self._process.join(10)
+        with contextlib.suppress(ProcessLookupError):
+            wait_gone(self._pid, 10.0)  # `join` would wait for what torch starts to share tensors, too
         self._process.kill()
         self._process.join()
         self._process.close()
