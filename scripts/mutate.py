@@ -24,6 +24,7 @@ COPIED = ("src", "tests", "pyproject.toml")
 STAGES = (  # the next one runs where nobody noticed
     ("tests/connector/test_transfer.py", "tests/connector/test_conversation_cases.py", "tests/connector/test_tcp.py"),
     ("tests/connector/test_conversation.py",),
+    ("tests/connector/test_head_start.py",),
 )
 TIMEOUT_S = 300  # a mutant that makes the tests hang is noticed too
 NOTICED = re.compile(r"^(?:FAILED|ERROR) \S*?(\w+\.py)::([^\s\[]+)", re.MULTILINE)
@@ -135,6 +136,24 @@ MUTANTS = (
     ),
     Mutant("deadline: P waits for a slot for ever", D_PEERS, "if self.lent and now_s", "if not self and now_s"),
     Mutant("deadline: D waits for a silent P for ever", P_PEERS, "now_s - self.last_word_s > timeout_s", "False"),
+    Mutant(
+        "head start: an idle step doesn't hear of forecasts",
+        "decode_agent.py",
+        "self._arrivals.next_due_s(now_s) if may_start_early else math.inf",
+        "math.inf",
+    ),
+    Mutant(
+        "head start: nobody remembers how long a pass took",
+        "transport/cuda/pace_maker.py",
+        "self._history.add(mark.of.size, now_s - max(mark.of.at_s, self._ended_s))",
+        "pass",
+    ),
+    Mutant(
+        "head start: a pass begins though the one before still runs",
+        "transport/cuda/pace_maker.py",
+        "max(now_s, before.at_s) if before else now_s",
+        "now_s",
+    ),
 )
 
 
