@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.cluster.hosts import Cluster, why_not
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.skipif(bool(why_not()), reason=why_not())]
 HERE, THERE = "10.78.0.1", "10.78.0.2"
 OTHER_RAY = "ray.__version__ = '2.50.0'"
+RAY_CORE = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] \w+\.cc:\d+: ")  # a log line of Ray's own, at times before ours
 OTHER_PYTHON = "import ray._private.utils as u; u.compute_version_info = lambda: (ray.__version__, '3.9.1')"
 
 
@@ -44,8 +46,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def check_refused(cluster: Cluster, done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
-    _, found, told = " ".join(done.stderr.split()).partition("twolane: ")  # Ray's core may write a line before it
+    before, found, told = " ".join(done.stderr.split()).partition("twolane: ")
     assert found
+    assert not before or RAY_CORE.match(before), before
     assert [word for word in words if word not in told] == [], told
     assert "Traceback" not in done.stdout + done.stderr
     assert cluster.instances() == []

@@ -315,9 +315,11 @@ def test_many_kills_of_p_leave_nothing_in_d(request: pytest.FixtureRequest, way:
         free_gpu_mib=(before[2], after[2]),
         resident_mib=(rss_before, rss_after),
     )
-    kept = 2 * way.num_kills if way.transport == "nccl" else 0  # sockets of communicators that it aborts
-    assert after[0] - before[0] <= kept
-    assert after[1] == before[1]
+    if way.child_env:  # NCCL by sockets keeps some of those that it aborts (docs/LOG.md)
+        assert 0 <= after[0] - before[0] <= 2 * way.num_kills
+        assert after[1] == before[1]
+    else:
+        assert after[:2] == before[:2]
     slack_mib = 16 if way.transport == "nccl" else 0  # NCCL's pools
     assert before[2] - after[2] < way.num_kills / 4 + slack_mib, "GPU memory: not even 1 MiB in four kills"
 
